@@ -1,0 +1,1 @@
+"""The frozen components, the LoRA, and the identity embedder."""

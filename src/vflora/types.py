@@ -1,0 +1,182 @@
+"""The four records that carry the whole flow, and the legend of shapes.
+
+Shape letters, used in every docstring of the package:
+
+    B batch        F frames (4n+1)        T latent frames, (F-1)/4 + 1
+    C channels     H W height and width (pixels or latents, as said)
+    N tokens       P points of a trajectory        S steps of the sampling schedule
+
+Sigmas run from 1 (noise) to 0 (clean): x_t = (1 - sigma) x0 + sigma noise, velocity = noise - x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Still images of characters, as they come from the shards.
+
+    Attributes:
+        images: reference images, uint8 [B, 3, H, W], RGB.
+        anchors: images that the identity loss compares with, uint8 [B, 3, H, W]: another image of the same
+            character where one was drawn, otherwise the reference itself.
+        has_secondary: bool [B], where the anchor is another image.
+        characters: canonical names, one per sample.
+        keys: sample keys in the shards, one per sample.
+        slots: place of each sample in the global batch; all noise is keyed by it, so that the number of
+            processes changes nothing.
+    """
+
+    images: Tensor
+    anchors: Tensor
+    has_secondary: Tensor
+    characters: tuple[str, ...]
+    keys: tuple[str, ...]
+    slots: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the transformer is told about a sample besides the noisy latents.
+
+    Attributes:
+        prompt_embeds: Qwen2.5-VL hidden states [B, N, C].
+        prompt_mask: bool [B, N].
+        prompt_embeds_2: byT5 hidden states of quoted text [B, N2, C2]; N2 may be 0.
+        prompt_mask_2: bool [B, N2].
+        image_embeds: SigLIP hidden states [B, N3, C3].
+        first_frame: latent of the reference image, scaled [B, C, 1, H, W]; None for text to video.
+    """
+
+    prompt_embeds: Tensor
+    prompt_mask: Tensor
+    prompt_embeds_2: Tensor
+    prompt_mask_2: Tensor
+    image_embeds: Tensor
+    first_frame: Tensor | None
+
+    def __len__(self) -> int:
+        return self.prompt_embeds.shape[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Moves every tensor to `device`, and the floating ones to `dtype` (the first frame stays as it is)."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            keep_dtype = field.name == "first_frame" or not value.is_floating_point()
+            moved[field.name] = value.to(device=device, dtype=None if keep_dtype else dtype)
+        return replace(self, **moved)
+
+    def select(self, index: int) -> Self:
+        """Returns the conditions of one sample, as a batch of one."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{k: None if v is None else v[index : index + 1] for k, v in values.items()})
+
+    @classmethod
+    def stack(cls, rows: Sequence[Conditions]) -> Conditions:
+        """Joins batches; text of unequal length is padded with zeros, which the masks hide."""
+        joined = {}
+        for field in fields(cls):
+            values = [getattr(row, field.name) for row in rows]
+            if values[0] is None:
+                joined[field.name] = None
+                continue
+            if field.name.startswith("prompt"):
+                longest = max(v.shape[1] for v in values)
+                values = [_pad_tokens(v, longest) for v in values]
+            joined[field.name] = torch.cat(values)
+        return cls(**joined)
+
+
+def _pad_tokens(value: Tensor, length: int) -> Tensor:
+    missing = length - value.shape[1]
+    if missing == 0:
+        return value
+    return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], dim=1)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A teacher rollout, every point of it, from pure noise down to the deepest point asked for.
+
+    Attributes:
+        sigmas: the whole schedule [S + 1], from 1 to 0, fp32.
+        latents: noisy latents before each step [P, B, C, T, H, W], fp32; P <= S.
+        velocities: the teacher's predictions there, same shape, fp32.
+    """
+
+    sigmas: Tensor
+    latents: Tensor
+    velocities: Tensor
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def point(self, index: int) -> Point:
+        """Returns the state before step `index`.
+
+        Raises:
+            IndexError: if the rollout stopped before that step.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"the rollout has points 0 to {len(self) - 1}, not {index}")
+        return Point(index, float(self.sigmas[index]), self.latents[index], self.velocities[index])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a trajectory.
+
+    Attributes:
+        index: step of the schedule.
+        sigma: noise level in [0, 1].
+        latents: x_t [B, C, T, H, W], fp32.
+        teacher_velocity: same shape, fp32.
+    """
+
+    index: int
+    sigma: float
+    latents: Tensor
+    teacher_velocity: Tensor
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Numbers of one step, for logs; nothing here carries a gradient.
+
+    Attributes:
+        distill: mean squared error between student and teacher velocity, averaged over the points.
+        identity: mean of 1 - cosine over the sampled frames; None when this step had no identity term.
+        weight: lambda of this step.
+        sigmas: noise level of each distilled point.
+        distill_by_point: the error at each of them.
+        cosines: cosine of every sampled frame to its anchor [B, K]; None without an identity term.
+        frames: frame index of each sampled frame [B, K]; None without an identity term.
+        seconds: time of each part of the step.
+    """
+
+    distill: float
+    identity: float | None
+    weight: float
+    sigmas: tuple[float, ...]
+    distill_by_point: tuple[float, ...]
+    cosines: Tensor | None
+    frames: Tensor | None
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """The objective: L_distill + lambda * L_id."""
+        return self.distill + self.weight * (self.identity or 0.0)

@@ -12,7 +12,7 @@ Sigmas run from 1 (noise) to 0 (clean): x_t = (1 - sigma) x0 + sigma noise, velo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -49,19 +49,22 @@ class Batch:
 class Conditions:
     """What the transformer is told about a sample besides the noisy latents.
 
+    Texts hold valid tokens first, then zeros up to the longest text of the batch. The lengths are Python
+    numbers, so that nobody has to ask the accelerator which tokens count.
+
     Attributes:
         prompt_embeds: Qwen2.5-VL hidden states [B, N, C].
-        prompt_mask: bool [B, N].
+        prompt_lengths: valid tokens of each prompt.
         prompt_embeds_2: byT5 hidden states of quoted text [B, N2, C2]; N2 may be 0.
-        prompt_mask_2: bool [B, N2].
-        image_embeds: SigLIP hidden states [B, N3, C3].
-        first_frame: latent of the reference image, scaled [B, C, 1, H, W]; None for text to video.
+        prompt_lengths_2: valid tokens of each.
+        image_embeds: SigLIP hidden states [B, N3, C3]; N3 is 0 for text to video.
+        first_frame: latent of the reference image, scaled, fp32 [B, C, 1, H, W]; None for text to video.
     """
 
     prompt_embeds: Tensor
-    prompt_mask: Tensor
+    prompt_lengths: tuple[int, ...]
     prompt_embeds_2: Tensor
-    prompt_mask_2: Tensor
+    prompt_lengths_2: tuple[int, ...]
     image_embeds: Tensor
     first_frame: Tensor | None
 
@@ -69,42 +72,46 @@ class Conditions:
         return self.prompt_embeds.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves every tensor to `device`, and the floating ones to `dtype` (the first frame stays as it is)."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None:
-                continue
-            keep_dtype = field.name == "first_frame" or not value.is_floating_point()
-            moved[field.name] = value.to(device=device, dtype=None if keep_dtype else dtype)
-        return replace(self, **moved)
+        """Moves every tensor to `device` and the embeddings to `dtype`; the first frame stays fp32."""
+        return replace(
+            self,
+            prompt_embeds=self.prompt_embeds.to(device, dtype),
+            prompt_embeds_2=self.prompt_embeds_2.to(device, dtype),
+            image_embeds=self.image_embeds.to(device, dtype),
+            first_frame=None if self.first_frame is None else self.first_frame.to(device),
+        )
 
     def select(self, index: int) -> Self:
-        """Returns the conditions of one sample, as a batch of one."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{k: None if v is None else v[index : index + 1] for k, v in values.items()})
+        """Returns the conditions of one sample, as a batch of one without padding."""
+        rows = slice(index, index + 1)
+        length, length_2 = self.prompt_lengths[index], self.prompt_lengths_2[index]
+        return replace(
+            self,
+            prompt_embeds=self.prompt_embeds[rows, :length],
+            prompt_lengths=(length,),
+            prompt_embeds_2=self.prompt_embeds_2[rows, :length_2],
+            prompt_lengths_2=(length_2,),
+            image_embeds=self.image_embeds[rows],
+            first_frame=None if self.first_frame is None else self.first_frame[rows],
+        )
 
     @classmethod
     def stack(cls, rows: Sequence[Conditions]) -> Conditions:
-        """Joins batches; text of unequal length is padded with zeros, which the masks hide."""
-        joined = {}
-        for field in fields(cls):
-            values = [getattr(row, field.name) for row in rows]
-            if values[0] is None:
-                joined[field.name] = None
-                continue
-            if field.name.startswith("prompt"):
-                longest = max(v.shape[1] for v in values)
-                values = [_pad_tokens(v, longest) for v in values]
-            joined[field.name] = torch.cat(values)
-        return cls(**joined)
+        """Joins batches; shorter texts are padded with zeros."""
+        frames = [row.first_frame for row in rows if row.first_frame is not None]
+        return cls(
+            prompt_embeds=_join_padded([row.prompt_embeds for row in rows]),
+            prompt_lengths=tuple(n for row in rows for n in row.prompt_lengths),
+            prompt_embeds_2=_join_padded([row.prompt_embeds_2 for row in rows]),
+            prompt_lengths_2=tuple(n for row in rows for n in row.prompt_lengths_2),
+            image_embeds=torch.cat([row.image_embeds for row in rows]),
+            first_frame=torch.cat(frames) if frames else None,
+        )
 
 
-def _pad_tokens(value: Tensor, length: int) -> Tensor:
-    missing = length - value.shape[1]
-    if missing == 0:
-        return value
-    return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], dim=1)
+def _join_padded(texts: list[Tensor]) -> Tensor:
+    longest = max(text.shape[1] for text in texts)
+    return torch.cat([torch.nn.functional.pad(t, (0, 0, 0, longest - t.shape[1])) for t in texts])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""The one place that calls the transformer: velocity(x_t, sigma, conditions), as student or as teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import HunyuanVideo15Transformer3DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from vflora.flow import TIMESTEPS_PER_UNIT
+from vflora.models.dense_attention import make_dense
+from vflora.types import Conditions
+
+
+class Denoiser:
+    """The transformer behind one call.
+
+    Teacher and student are the same weights: the student has its adapters on, the teacher has them off, which is
+    bit for bit the base model and costs no second copy.
+    """
+
+    def __init__(self, transformer: HunyuanVideo15Transformer3DModel):
+        """Takes the transformer and gives it the dense forward pass, in place."""
+        make_dense(transformer)
+        self.transformer = transformer
+        self._adapters = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the frozen weights' arithmetic."""
+        return self.transformer.dtype
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        conditions: Conditions,
+        *,
+        next_sigma: float | Tensor | None = None,
+    ) -> Tensor:
+        """Predicts noise - clean.
+
+        Args:
+            latents: x_t [B, C, T, H, W], fp32.
+            sigma: noise level, one for all or [B].
+            conditions: of the same B samples, on the same device.
+            next_sigma: noise level after this step, which MeanFlow (step-distilled) checkpoints are told.
+
+        Returns:
+            The velocity [B, C, T, H, W], fp32.
+
+        Raises:
+            ValueError: if the conditions are of another number of samples.
+        """
+        batch = latents.shape[0]
+        if len(conditions) != batch:
+            raise ValueError(f"{batch} latents, but conditions of {len(conditions)} samples")
+        meanflow = self.transformer.config.use_meanflow
+        (prediction,) = self.transformer(
+            hidden_states=self._model_input(latents, conditions),
+            timestep=_timestep(sigma, batch, latents.device),
+            timestep_r=_timestep(next_sigma or 0.0, batch, latents.device) if meanflow else None,
+            encoder_hidden_states=conditions.prompt_embeds.to(self.dtype),
+            encoder_attention_mask=_mask(conditions.prompt_embeds, conditions.prompt_lengths),
+            encoder_hidden_states_2=conditions.prompt_embeds_2.to(self.dtype),
+            encoder_attention_mask_2=_mask(conditions.prompt_embeds_2, conditions.prompt_lengths_2),
+            image_embeds=conditions.image_embeds.to(self.dtype),
+            return_dict=False,
+        )
+        return prediction.float()
+
+    def _model_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Noisy latents, the reference in frame 0, and the mask that says so, along the channels."""
+        reference = torch.zeros_like(latents)
+        given = torch.zeros_like(latents[:, :1])
+        if conditions.first_frame is not None:
+            reference[:, :, :1] = conditions.first_frame
+            given[:, :, :1] = 1
+        return torch.cat([latents, reference, given], dim=1).to(self.dtype)
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Inside, the model is the base model, and nothing records gradients.
+
+        Only peft's own switch is flipped: `disable_adapters()` would also flip `requires_grad`, which freezes
+        parameters for good under FSDP2.
+        """
+        for layer in self._adapters:
+            layer._disable_adapters = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in self._adapters:
+                layer._disable_adapters = False
+
+    def lora_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Returns what is trained, by name."""
+        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+
+
+def _timestep(sigma: float | Tensor, batch: int, device: torch.device) -> Tensor:
+    return (torch.as_tensor(sigma, dtype=torch.float32, device=device) * TIMESTEPS_PER_UNIT).expand(batch)
+
+
+def _mask(text: Tensor, lengths: tuple[int, ...]) -> Tensor | None:
+    """Bool [B, N], or None where every token is valid."""
+    longest = text.shape[1]
+    if all(length == longest for length in lengths):
+        return None
+    return torch.arange(longest, device=text.device) < torch.tensor(lengths, device=text.device)[:, None]

@@ -14,6 +14,7 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -37,8 +38,7 @@ class DenseAttention:
         """Returns the attended video tokens [B, N, C] and text tokens [B, M, C]."""
         video_tokens = hidden_states.shape[1]
         query, key, value = (
-            project(hidden_states).unflatten(2, (attn.heads, -1))
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            project(hidden_states).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         query = apply_rotary_emb(attn.norm_q(query), image_rotary_emb, sequence_dim=1)
         key = apply_rotary_emb(attn.norm_k(key), image_rotary_emb, sequence_dim=1)
@@ -88,9 +88,7 @@ def _dense_forward(
     return_dict: bool = True,
 ):
     if attention_kwargs:
-        raise ValueError(
-            "the dense forward pass takes no attention_kwargs; scale the LoRA with set_adapters instead"
-        )
+        raise ValueError("the dense forward pass takes no attention_kwargs; scale the LoRA with set_adapters instead")
     dtype = hidden_states.dtype
     size = hidden_states.shape[2:]
     rotary = self.rope(hidden_states)
@@ -122,14 +120,7 @@ def _dense_forward(
             video, context = block(video, context, temb, mask, rotary)
 
     velocity = _unpatchify(self.proj_out(self.norm_out(video, temb)), size, self.config)
-    return (velocity,) if not return_dict else _Output(velocity)
-
-
-class _Output:
-    """Answers `.sample`, as diffusers' output does."""
-
-    def __init__(self, sample: Tensor):
-        self.sample = sample
+    return (velocity,) if not return_dict else Transformer2DModelOutput(sample=velocity)
 
 
 def _time_embedding(
@@ -160,8 +151,7 @@ def _key_mask(parts: list[Tensor], masks: list[Tensor | None]) -> Tensor | None:
 
 def _unpatchify(tokens: Tensor, size: torch.Size, config) -> Tensor:
     time, height, width = (
-        length // patch
-        for length, patch in zip(size, (config.patch_size_t,) + (config.patch_size,) * 2, strict=True)
+        length // patch for length, patch in zip(size, (config.patch_size_t,) + (config.patch_size,) * 2, strict=True)
     )
     grid = tokens.unflatten(1, (time, height, width)).unflatten(
         -1, (-1, config.patch_size_t, config.patch_size, config.patch_size)

@@ -1,0 +1,102 @@
+"""Conditions -> Trajectory: the teacher's way from noise to the deepest point, and what is harvested from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vflora.config import RolloutConfig
+from vflora.flow import euler_step
+from vflora.models.denoiser import Denoiser
+from vflora.random_streams import keyed_generator
+from vflora.types import Conditions, Trajectory
+
+
+def rollout(
+    denoiser: Denoiser,
+    conditions: Conditions,
+    noise: Tensor,
+    sigmas: Tensor,
+    points: int,
+    *,
+    guidance_scale: float = 1.0,
+    unconditional: Conditions | None = None,
+) -> Trajectory:
+    """Lets the model sample from noise and keeps every point on the way.
+
+    Call it inside `denoiser.teacher()` for the teacher. With guidance the states move along the guided velocity
+    (Ho & Salimans 2022, arXiv 2207.12598, eq. 6), because that is where people sample; the velocities kept are
+    the conditional ones, because that is the branch the student learns.
+
+    Args:
+        denoiser: the model.
+        conditions: of B samples.
+        noise: starting point [B, C, T, H, W], fp32.
+        sigmas: the schedule [S + 1].
+        points: how many points to visit, at most S.
+        guidance_scale: 1 is no guidance.
+        unconditional: conditions without the prompt, needed for guidance.
+
+    Returns:
+        The trajectory with `points` points.
+    """
+    latents, kept_latents, kept_velocities = noise, [], []
+    for index in range(points):
+        sigma, next_sigma = sigmas[index].item(), sigmas[index + 1].item()
+        velocity = denoiser.velocity(latents, sigma, conditions, next_sigma=next_sigma)
+        kept_latents.append(latents)
+        kept_velocities.append(velocity)
+        if index + 1 == points:
+            break
+        if guidance_scale != 1.0:
+            if unconditional is None:
+                raise ValueError("guidance needs the unconditional conditions")
+            blank = denoiser.velocity(latents, sigma, unconditional, next_sigma=next_sigma)
+            velocity = blank + guidance_scale * (velocity - blank)
+        latents = euler_step(latents, velocity, sigma, next_sigma)
+    return Trajectory(sigmas, torch.stack(kept_latents), torch.stack(kept_velocities))
+
+
+def deep_index(config: RolloutConfig, seed: int, step: int) -> int:
+    """Draws t_deep of an optimizer step: the point where identity is judged.
+
+    One draw for the whole global batch, so that every process rolls out equally far.
+    """
+    steps = config.num_inference_steps
+    low = min(round(config.id_timestep_frac_low * steps), steps - 1)
+    high = min(round(config.id_timestep_frac_high * steps), steps - 1)
+    return int(torch.randint(low, high + 1, (), generator=keyed_generator(seed, "deep", step)))
+
+
+def points_for_block(config: RolloutConfig, seed: int, step: int) -> int:
+    """Returns how many points the rollout that serves `step` must visit, for all the steps that share it."""
+    first = step - step % config.trajectory_reuse
+    return 1 + max(deep_index(config, seed, s) for s in range(first, first + config.trajectory_reuse))
+
+
+def harvest_indices(config: RolloutConfig, deep: int, seed: int, step: int) -> list[int]:
+    """Draws the points to distil besides t_deep: distinct, above it in noise, in the order of the rollout.
+
+    `bracket` aims at 50 % and 25 % of the schedule, then at 75 %, 12.5 %, ... (halving on), each with jitter.
+    """
+    generator = keyed_generator(seed, "harvest", step)
+    count = min(config.harvest_count, deep)
+    if config.harvest_scheme == "random":
+        return sorted(torch.randperm(deep, generator=generator)[:count].tolist())
+    steps, chosen = config.num_inference_steps, []
+    for order in range(1, count + 1):
+        jitter = (2 * torch.rand((), generator=generator).item() - 1) * config.harvest_jitter_frac
+        wanted = round((_halving(order) + jitter) * steps)
+        free = [i for i in range(deep) if i not in chosen]
+        chosen.append(min(free, key=lambda i: abs(i - wanted)))
+    return sorted(chosen)
+
+
+def _halving(order: int) -> float:
+    """1 -> 0.5, 2 -> 0.25, 3 -> 0.75, 4 -> 0.125, ... (the van der Corput sequence)."""
+    value, scale = 0.0, 0.5
+    while order:
+        value += scale * (order & 1)
+        order >>= 1
+        scale /= 2
+    return value

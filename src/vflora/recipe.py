@@ -1,0 +1,99 @@
+"""One training step: the method on a page.
+
+A frozen teacher rolls out from noise. The student, the same weights with a LoRA, learns to agree with it at a few
+harvested points: motion, camera and background survive. At the deepest of them, where little noise is left, the
+student's clean estimate is decoded and its frames are compared with a picture of the character: the character stays
+itself.
+
+    L = L_distill + lambda * L_id
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vflora.errors import NonFiniteError
+from vflora.flow import clean_estimate
+from vflora.identity_term import IdentityGradient, IdentityTerm
+from vflora.losses import distillation_loss
+from vflora.models.denoiser import Denoiser
+from vflora.step_clock import StepClock
+from vflora.types import Conditions, LossReport, Point
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one micro-batch of a step works on.
+
+    Attributes:
+        conditions: of B samples.
+        points: harvested points of their teacher trajectory; the last one is the deepest.
+        anchors: pictures of the characters, uint8 [B, 3, H, W].
+        identity_weight: lambda; 0 skips the identity loss.
+        key: of the random choice of frames.
+    """
+
+    conditions: Conditions
+    points: Sequence[Point]
+    anchors: Tensor
+    identity_weight: float
+    key: tuple[int | str, ...]
+
+
+def training_step(
+    student: Denoiser, identity: IdentityTerm, inputs: StepInputs, *, scale: float, clock: StepClock
+) -> LossReport:
+    """Adds the gradient of `scale` times the loss to the LoRA's gradients.
+
+    The identity gradient comes in two stages. First the loss is carried back to the detached estimate; then it joins
+    the distillation loss of the deepest point as one linear term, and both go through the student together. That is
+    the same gradient as in one piece, without the decoder's and the student's graphs ever coexisting.
+
+    Raises:
+        NonFiniteError: if a part of the loss is not finite.
+    """
+    deepest = inputs.points[-1]
+    judged = None
+    if inputs.identity_weight > 0:
+        with clock.part("identity"):
+            with torch.no_grad():
+                velocity = student.velocity(deepest.latents, deepest.sigma, inputs.conditions)
+            estimate = clean_estimate(deepest.latents, deepest.sigma, velocity)
+            judged = identity.gradient(estimate, inputs.anchors, *inputs.key)
+        _require_finite(judged.loss, "the identity loss")
+
+    errors = []
+    for point in inputs.points:
+        with clock.part("distillation"):
+            velocity = student.velocity(point.latents, point.sigma, inputs.conditions)
+            error = distillation_loss(velocity, point.teacher_velocity)
+            loss = error / len(inputs.points)
+            if judged is not None and point is deepest:
+                estimate = clean_estimate(point.latents, point.sigma, velocity)
+                loss = loss + inputs.identity_weight * (judged.gradient * estimate).sum()
+            (scale * loss).backward()
+        _require_finite(error.item(), f"the distillation loss at sigma {point.sigma:.3f}")
+        errors.append(error.item())
+    return _report(inputs, errors, judged, clock)
+
+
+def _require_finite(value: float, part: str) -> None:
+    if not abs(value) < float("inf"):
+        raise NonFiniteError(part)
+
+
+def _report(inputs: StepInputs, errors: list[float], judged: IdentityGradient | None, clock: StepClock) -> LossReport:
+    return LossReport(
+        distill=sum(errors) / len(errors),
+        identity=None if judged is None else judged.loss,
+        weight=inputs.identity_weight,
+        sigmas=tuple(point.sigma for point in inputs.points),
+        distill_by_point=tuple(errors),
+        cosines=None if judged is None else judged.cosines,
+        frames=None if judged is None else judged.frames,
+        seconds=clock.seconds(),
+    )

@@ -3,6 +3,7 @@
 from vflora.models.lora_formats.adapters import apply_lora, from_transformer, set_scale
 from vflora.models.lora_formats.header import build_header, thumbnail_uri
 from vflora.models.lora_formats.reading import FORMATS, LoraFormat, from_state_dict, read_lora, recognise
+from vflora.models.lora_formats.reference_dcp import is_dcp, read_reference_dcp
 from vflora.models.lora_formats.weights import LoraModule, LoraWeights
 from vflora.models.lora_formats.writing import to_state_dict, write_lora
 
@@ -15,7 +16,9 @@ __all__ = [
     "build_header",
     "from_state_dict",
     "from_transformer",
+    "is_dcp",
     "read_lora",
+    "read_reference_dcp",
     "recognise",
     "set_scale",
     "thumbnail_uri",

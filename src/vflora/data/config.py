@@ -1,0 +1,65 @@
+"""Settings of the training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vflora.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures are and how they are drawn."""
+
+    wds_root: Path
+    """Data set folder that `vflora data pack` wrote, with data/ and manifest/ in it."""
+
+    metadata_key: str
+    """Field of each sample's JSON, and column of the manifests, that names the character."""
+
+    wds_shuffle_buf: int = 128
+    """Samples held in the shuffle buffer of each place in the batch; only their positions are held, no bytes."""
+
+    batch_size: int = 1
+    """Pictures per batch on each process."""
+
+    num_workers: int = 4
+    """Processes that decode pictures; 0 decodes in the training process. The number does not change the data."""
+
+    p_secondary: float = 0.1
+    """Chance that another picture of the same character, where one was seen lately, becomes the identity anchor."""
+
+    secondary_cache_max_size: int = 128
+    """Characters whose latest pictures are remembered for that; with more characters than this, raise it."""
+
+    enable_augmentation: bool = False
+    """Whether reference pictures are cropped a little along their long side."""
+
+    augment_r: float = 0.92
+    """Part of the long side that the crop keeps, on average."""
+
+    augment_j: float = 0.04
+    """How far that part wanders to either side, uniformly."""
+
+    max_bad_samples: int = 16
+    """Damaged or oversized pictures that are skipped and named before the run stops."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: with the flag to change.
+        """
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size} is no batch: use 1 or more.")
+        for name in ("wds_shuffle_buf", "num_workers", "secondary_cache_max_size", "max_bad_samples"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)} is negative: use 0 or more.")
+        if not 0.0 <= self.p_secondary <= 1.0:
+            raise UserError(f"--p_secondary {self.p_secondary} is no probability: use a number from 0 to 1.")
+        if self.augment_j < 0.0 or not 0.0 < self.augment_r - self.augment_j <= self.augment_r <= 1.0:
+            raise UserError(
+                f"--augment_r {self.augment_r} with --augment_j {self.augment_j} leaves no crop: "
+                "keep 0 <= augment_j < augment_r <= 1."
+            )

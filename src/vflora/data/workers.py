@@ -1,0 +1,42 @@
+"""Starting the processes that decode pictures."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from vflora.random_streams import keyed_generator
+
+
+def start_workers(
+    dataset: Dataset[Any], num_workers: int, seed: int, order: Iterator[int] | None = None
+) -> Iterator[Any]:
+    """Starts `num_workers` processes (none for 0) and returns what they deliver, in order.
+
+    Args:
+        dataset: an iterable data set, or one that takes the numbers of `order`.
+        num_workers: processes; each holds its own copy of the data set.
+        seed: keeps torch from drawing one out of the global generator.
+        order: item numbers for a data set with `__getitem__`.
+    """
+    with warnings.catch_warnings():
+        # More workers than cores is no mistake here: they mostly wait for the disk.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=order,  # pyright: ignore[reportArgumentType]
+            num_workers=num_workers,
+            worker_init_fn=_leave_interrupts_to_the_trainer,
+            generator=keyed_generator(seed, "loader"),
+        )
+        return iter(loader)
+
+
+def _leave_interrupts_to_the_trainer(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the step that it interrupts still needs its data."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

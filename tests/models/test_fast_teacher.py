@@ -1,0 +1,74 @@
+"""The quicker rollout: exact where it is harvested, close elsewhere."""
+
+import pytest
+import torch
+
+from vflora.flow import sampling_sigmas
+from vflora.models.denoiser import Denoiser
+from vflora.models.fast_teacher import FastTeacher
+from vflora.models.lora import add_lora
+from vflora.models.precision import Fp8Switch, quantize_blocks
+from vflora.rollout import rollout
+
+STEPS = 8
+
+
+@pytest.fixture
+def setting(transformer, make_conditions):
+    add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
+    switch = quantize_blocks(transformer, fp8_rollouts=True)
+    noise = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    return Denoiser(transformer), switch, make_conditions(), noise, sampling_sigmas(STEPS, 5.0)
+
+
+def roll(teacher, setting, points=STEPS):
+    denoiser, _, conditions, noise, sigmas = setting
+    with denoiser.teacher():
+        return rollout(teacher, conditions, noise, sigmas, points)
+
+
+def relative(value, expected):
+    return float(torch.linalg.norm(value - expected) / torch.linalg.norm(expected))
+
+
+def test_without_float8_and_skipping_it_is_the_plain_rollout(setting):
+    teacher = FastTeacher(setting[0], (), switch=Fp8Switch())
+    assert torch.equal(roll(teacher, setting).latents, roll(setting[0], setting).latents)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_harvested_predictions_are_exact_at_the_states_reached(setting, stride):
+    denoiser, switch, conditions, _, sigmas = setting
+    harvested = [2, 5, 7]
+    teacher = FastTeacher(denoiser, [sigmas[i].item() for i in harvested], switch=switch, stride=stride)
+    trajectory = roll(teacher, setting)
+    with denoiser.teacher():
+        for index in range(STEPS):
+            exact = denoiser.velocity(trajectory.latents[index], sigmas[index].item(), conditions)
+            assert torch.equal(trajectory.velocities[index], exact) == (index in harvested)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_states_stay_close_to_those_of_the_plain_rollout(setting, stride):
+    fast = roll(FastTeacher(setting[0], (), switch=setting[1], stride=stride), setting)
+    plain = roll(setting[0], setting)
+    assert 0 < relative(fast.latents[-1], plain.latents[-1]) < 0.05
+
+
+def test_skipping_calls_the_model_less_often(setting, monkeypatch):
+    denoiser, switch, *_ = setting
+    calls, velocity = [], denoiser.velocity
+    monkeypatch.setattr(denoiser, "velocity", lambda *a, **k: calls.append(a[1]) or velocity(*a, **k))
+    roll(FastTeacher(denoiser, (), switch=switch, stride=2), setting)
+    assert len(calls) == 5  # points 0, 1, 3, 5, 7
+
+
+def test_extrapolation_is_exact_for_a_velocity_that_is_linear_in_sigma(setting):
+    class LinearField:
+        def velocity(self, latents, sigma, conditions, *, next_sigma=None):
+            return (2 + 3 * sigma) * torch.ones_like(latents)
+
+    teacher = FastTeacher(LinearField(), (), switch=Fp8Switch(), stride=3)
+    for index, sigma in enumerate(setting[4][:STEPS].tolist()):
+        velocity = teacher.velocity(torch.zeros(1, 4, 2, 4, 4), sigma, setting[2])
+        assert torch.allclose(velocity, torch.full_like(velocity, 2 + 3 * sigma), atol=1e-5), index

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import HunyuanVideo15Pipeline
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5_image2video import (
+    HunyuanVideo15ImageToVideoPipeline,
+)
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor

@@ -1,0 +1,72 @@
+"""What generating and comparing share: opening a picture, loading a pipeline, keeping the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import HunyuanVideo15Pipeline
+from PIL import Image
+
+from vflora.config import TORCH_DTYPES
+from vflora.data.images import BadImageError, decode
+from vflora.errors import UserError
+from vflora.models.loading import load_pipeline
+from vflora.sampling import Pipeline
+
+
+def open_image(path: Path, flag: str = "--image_path") -> Image.Image:
+    """Opens a picture as upright RGB.
+
+    Raises:
+        UserError: if it is missing, damaged, too large, or no JPEG, PNG or WebP.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no picture at {path}: check {flag}.")
+    try:
+        return decode(path.read_bytes())
+    except BadImageError as error:
+        raise UserError(f"{path} cannot be used ({error}): give another JPEG, PNG or WebP picture.") from error
+
+
+def torch_device(name: str) -> torch.device:
+    """Returns the device that a `--device` flag means; auto is the accelerator if there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def load_for_sampling(model_path: str, transformer_version: str, dtype: str, device: torch.device | str) -> Pipeline:
+    """Loads an image-to-video pipeline, or a text-to-video one where the folder says that it holds one.
+
+    Args:
+        model_path: folder or hub name.
+        transformer_version: which transformer, where there are several.
+        dtype: bf16 or fp32.
+        device: where to put it.
+
+    Raises:
+        UserError: if there is no pipeline.
+    """
+    if _names_text_to_video(Path(model_path)):
+        pipeline = HunyuanVideo15Pipeline.from_pretrained(model_path, dtype=TORCH_DTYPES[dtype])
+        return pipeline.to(device)
+    return load_pipeline(model_path, transformer_version, TORCH_DTYPES[dtype], device)
+
+
+def _names_text_to_video(folder: Path) -> bool:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return folder.name.endswith("t2v") and not folder.exists()  # hub names end in what the model does
+    return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == HunyuanVideo15Pipeline.__name__
+
+
+def write_settings(path: Path, config: Any, facts: dict[str, Any]) -> None:
+    """Writes a config dataclass, what came out, and the versions used, as JSON."""
+    versions = {name: version(name) for name in ("vflora", "torch", "diffusers", "transformers", "peft")}
+    content = {"settings": dataclasses.asdict(config), **facts, "versions": versions}
+    path.write_text(json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 PATTERNS = ("plain", "striped", "spotted", "banded")
 SHAPES = (
     "circle", "square", "triangle", "star", "diamond", "hexagon",
-    "heart", "flower", "cross", "moon", "drop", "cloud",
+    "heart", "flower", "cross", "house", "drop", "cloud",
 )  # fmt: skip
 NICKNAMES = (
     "bimbo", "bobbin", "bumble", "chuffle", "dibble", "doodle", "fizzle", "flump", "gloop", "gogo",

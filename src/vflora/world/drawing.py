@@ -21,17 +21,21 @@ Colour: TypeAlias = tuple[float, float, float]
 class Canvas:
     """A picture with premultiplied alpha that shapes are painted on, last on top.
 
+    It shows what lies within `zoom` of `middle`, in both directions.
+
     Attributes:
         x: coordinates of the texel centres [1, 1, S].
         y: likewise [1, S, 1].
         rgba: what was painted so far [P, 4, S, S], for P limb phases.
     """
 
-    def __init__(self, size: int, phases: int = 2) -> None:
-        axis = (torch.arange(size, dtype=torch.float32) + 0.5) * (2 / size) - 1
-        self.x, self.y = axis.view(1, 1, size), axis.view(1, size, 1)
+    def __init__(
+        self, size: int, *, phases: int = 2, middle: tuple[float, float] = (0.0, 0.0), zoom: float = 1.0
+    ) -> None:
+        axis = ((torch.arange(size, dtype=torch.float32) + 0.5) * (2 / size) - 1) * zoom
+        self.x, self.y = axis.view(1, 1, size) + middle[0], axis.view(1, size, 1) + middle[1]
         self.rgba = torch.zeros(phases, 4, size, size)
-        self._texels_per_unit = size / 2
+        self._texels_per_unit = size / (2 * zoom)
 
     def cover(self, distance: Tensor) -> Tensor:
         """Returns how much of each texel the shape covers, 0 to 1."""
@@ -40,11 +44,6 @@ class Canvas:
     def paint(self, distance: Tensor, colour: Colour, within: Tensor | None = None) -> None:
         """Fills the shape with one colour, only `within` another shape if that is given."""
         self.rgba = self._over(self.rgba, distance, colour, within)
-
-    def paint_under(self, distance: Tensor, colour: Colour) -> None:
-        """Fills the shape behind everything painted so far."""
-        behind = self._over(torch.zeros_like(self.rgba), distance, colour, None)
-        self.rgba = self.rgba + (1 - self.rgba[:, 3:]) * behind
 
     def _over(self, below: Tensor, distance: Tensor, colour: Colour, within: Tensor | None) -> Tensor:
         cover = self.cover(distance)
@@ -71,6 +70,10 @@ class Canvas:
         along = (px * dx + py * dy) / (dx * dx + dy * dy + 1e-9)
         along = along.clamp(0, 1)
         return torch.hypot(px - along * dx, py - along * dy) - radius
+
+    def stripe(self, y: float, half_width: float) -> Tensor:
+        """Distance to a level stripe from edge to edge."""
+        return (self.y - y).abs() - half_width + torch.zeros_like(self.x)
 
     def polygon(self, corners: Sequence[tuple[float, float]], rounding: float = 0.0) -> Tensor:
         """Distance to a simple polygon whose corners are rounded outwards by `rounding`."""

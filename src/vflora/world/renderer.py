@@ -48,10 +48,10 @@ def render(scenes: Scenes, *, size: int = 64, device: torch.device | str = "cpu"
     """
     if size < 16:
         raise UserError(f"frames of {size} pixels show nothing: use 16 or more.")
-    device = torch.device(device)
-    budget = _FRAMES_AT_ONCE["cpu" if device.type == "cpu" else "other"] * 64**2
+    place = torch.device(device)
+    budget = _FRAMES_AT_ONCE["cpu" if place.type == "cpu" else "other"] * 64**2
     step = max(1, budget // (scenes.frames * size**2))
-    parts = [_render(scenes.select(slice(i, i + step)), size, device) for i in range(0, len(scenes), step)]
+    parts = [_render(scenes.select(slice(i, i + step)), size, place) for i in range(0, len(scenes), step)]
     return Clips(*(torch.cat([getattr(part, name) for part in parts]) for name in Clips.__dataclass_fields__))
 
 
@@ -75,9 +75,7 @@ def render_stills(
     Returns:
         fp32 [B, 3, size, size] in [-1, 1].
     """
-    return render(still_scenes(characters, domain=domain, generator=generator), size=size, device=device).video[
-        :, :, 0
-    ]
+    return render(still_scenes(characters, domain=domain, generator=generator), size=size, device=device).video[:, :, 0]
 
 
 def still_scenes(characters: Tensor, *, domain: Domain, generator: torch.Generator) -> Scenes:
@@ -96,7 +94,7 @@ def still_scenes(characters: Tensor, *, domain: Domain, generator: torch.Generat
         direction=zero,
         speed=zero,
         start=0.5 + uniform(-5.0, 5.0, 2) / 64,
-        radius=uniform(9.5, 13.0) / 64,
+        radius=uniform(11.0, 14.5) / 64,
         tilt=uniform(-0.35, 0.35),
         spin=torch.zeros(count),
         phase=torch.randint(2, (count,), generator=generator),

@@ -49,6 +49,9 @@ ROUNDS = torch.tensor([[1.0, 1.0], [2.0, 4.0], [1.0, 2.0], [1.0, 2.0]])
 """Hops, circles or zigzags in a clip, for each motion and speed."""
 HOLD_FRAMES = torch.tensor([4, 2])
 """Frames that a limb phase lasts at each speed."""
+POST_HALF_WIDTH = 2.0 / 64
+POST_RADIUS = 11.0 / 64
+"""Largest character that passes a post: a clip is too short for a larger one to come out behind it."""
 _MARGIN = 1.0 / 64
 
 
@@ -92,7 +95,7 @@ class Scenes:
 
     def select(self, index: Tensor | slice | Sequence[int]) -> Self:
         """Returns some of the scenes."""
-        rows = index if isinstance(index, (slice, Tensor)) else list(index)
+        rows = index if isinstance(index, slice) else torch.as_tensor(index)
         return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -134,7 +137,7 @@ def sample_scenes(
     ids = split_ids(domain, split)
     character = ids.start + choice(len(ids))
     motion, direction, speed = choice(len(MOTIONS)), choice(len(DIRECTIONS)), choice(len(SPEEDS))
-    radius = uniform(9.5, 12.5) / 64
+    radius = uniform(11.0, 14.0) / 64
     low, high = reach(motion, direction, speed)
     room = torch.rand(count, 2, generator=generator)
     first = radius[:, None] + _MARGIN - low
@@ -148,7 +151,7 @@ def sample_scenes(
         direction=direction,
         speed=speed,
         start=first + (last - first) * room,
-        radius=torch.where(post.isfinite(), radius.clamp_max(10.0 / 64), radius),
+        radius=torch.where(post.isfinite(), radius.clamp_max(POST_RADIUS), radius),
         tilt=uniform(-0.2, 0.2),
         spin=uniform(-0.35, 0.35),
         phase=choice(2),
@@ -157,11 +160,8 @@ def sample_scenes(
     )
 
 
-POST_HALF_WIDTH = 2.0 / 64
-
-
 def _sample_posts(dice: Tensor, radius: Tensor, motion: Tensor, speed: Tensor, share: float) -> Tensor:
-    distance = radius.clamp_max(10.0 / 64) + POST_HALF_WIDTH + 1.5 / 64
+    distance = radius.clamp_max(POST_RADIUS) + POST_HALF_WIDTH + 1.5 / 64
     possible = (speed == 1) & (motion != MOTIONS.index("circles"))
     return torch.where(possible & (dice < share), distance, torch.inf)
 
@@ -170,7 +170,9 @@ def paths(motion: Tensor, direction: Tensor, speed: Tensor, frames: int) -> Tens
     """Returns where each frame finds the character, relative to its start.
 
     Args:
-        motion, direction, speed: indices [B].
+        motion: index into MOTIONS [B].
+        direction: index into DIRECTIONS [B].
+        speed: index into SPEEDS [B].
         frames: F.
 
     Returns:

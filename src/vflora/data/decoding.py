@@ -51,9 +51,11 @@ class FaultCounter:
 
     Args:
         max_bad_samples: how many are tolerated.
+        advice: what to do about them.
     """
 
-    def __init__(self, max_bad_samples: int) -> None:
+    def __init__(self, max_bad_samples: int, advice: str = "`vflora data check` lists them all") -> None:
+        self._advice = advice
         self._max_bad_samples = max_bad_samples
         self.faults: Faults = {}
 
@@ -73,5 +75,5 @@ class FaultCounter:
             raise UserError(
                 f"{len(self.faults)} samples cannot be used, --max_bad_samples allows {self._max_bad_samples}: {named}"
                 + (f" and {more} more" if more > 0 else "")
-                + "; `vflora data check` lists them all."
+                + f"; {self._advice}."
             )

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from webdataset import utils as wds_utils
 from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
-from webdataset.shardlists import ResampledShards, SimpleShardList
+from webdataset.shardlists import ResampledShards
 
 from vflora.data.config import DataConfig
 from vflora.data.decoding import FaultCounter, Faults, decode_sample, first_readable
@@ -32,10 +32,13 @@ from vflora.data.images import to_tensor
 from vflora.data.sampling import Acceptance, Draw, accept, attach_secondary, crop_box, keyed_random
 from vflora.data.schema import DataSet
 from vflora.data.shards import Sample
+from vflora.data.validation import ValidationLoader
 from vflora.data.workers import start_workers
 from vflora.errors import UserError
 from vflora.random_streams import keyed_seed
 from vflora.types import Batch
+
+__all__ = ["TrainBatches", "TrainLoader", "ValidationLoader", "slot_stream"]
 
 # Shards come from strangers: no member may be unpickled and no address run as a command.
 wds_utils.enforce_security = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -217,73 +220,3 @@ class TrainLoader:
     def close(self) -> None:
         """Ends the workers."""
         self._deliveries = None
-
-
-class ValidationLoader:
-    """The validation samples in shard order: thinned out by inverse frequency, the same ones every time.
-
-    The i-th sample goes to process i % world_size, and its slot is i, so noise keyed by slot does not depend on the
-    number of processes. No secondary references, no augmentation.
-
-    Args:
-        dataset: the validation split.
-        batch_size: pictures per batch.
-        seed: decides which samples are accepted.
-        limit: samples over all processes; None takes all.
-        rank: this process.
-        world_size: all processes.
-        max_bad_samples: damaged pictures that are skipped before the run stops.
-    """
-
-    def __init__(
-        self,
-        dataset: DataSet,
-        *,
-        batch_size: int,
-        seed: int,
-        limit: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        max_bad_samples: int = 16,
-    ) -> None:
-        acceptance = Acceptance(dataset.counts)
-        stages = DataPipeline(
-            SimpleShardList([str(shard) for shard in dataset.shards]),
-            lambda shards: (sample for shard in shards for sample in dataset.samples(shard["url"])),
-            lambda samples: (s for s in samples if acceptance.accepts_key(s.label, s.key, seed)),
-        )
-        chosen = list(enumerate(itertools.islice(stages, limit)))
-        self._dataset = dataset
-        self._mine = chosen[rank::world_size]
-        self._batch_size = batch_size
-        self._faults = FaultCounter(max_bad_samples)
-        self.longest = -(-len(chosen[::world_size]) // batch_size)
-        """Batches of the process that has most; the others must still join its collectives."""
-
-    def __len__(self) -> int:
-        return -(-len(self._mine) // self._batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches; a damaged picture makes its batch smaller.
-
-        Raises:
-            UserError: pictures of two sizes, or too many damaged ones.
-        """
-        for start in range(0, len(self._mine), self._batch_size):
-            faults: Faults = {}
-            rows = [
-                (slot, sample, to_tensor(image))
-                for slot, sample in self._mine[start : start + self._batch_size]
-                if (image := decode_sample(sample, self._dataset.size, faults)) is not None
-            ]
-            self._faults.add(faults)
-            if rows:
-                images = torch.stack([image for _, _, image in rows])
-                yield Batch(
-                    images=images,
-                    anchors=images,
-                    has_secondary=torch.zeros(len(rows), dtype=torch.bool),
-                    characters=tuple(sample.label for _, sample, _ in rows),
-                    keys=tuple(sample.key for _, sample, _ in rows),
-                    slots=tuple(slot for slot, _, _ in rows),
-                )

@@ -1,0 +1,104 @@
+"""Where the pictures to pack come from: a folder per character, or a table of path and character."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vflora.data.images import SUFFIXES
+from vflora.data.schema import canonical
+from vflora.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PATH_COLUMN = "path"
+CHARACTER_COLUMN = "character"
+
+
+@dataclass(frozen=True, order=True)
+class Source:
+    """A picture file and the canonical name of the character it shows."""
+
+    character: str
+    path: Path
+
+
+def read_sources(images: Path, metadata_key: str) -> list[Source]:
+    """Lists the pictures to pack, sorted by character and path.
+
+    Args:
+        images: a folder with one folder per character (underscores in its name count as spaces), or a .csv or .jsonl
+            file with the columns `path`, relative to the file, and `character` (or `metadata_key`).
+        metadata_key: accepted as the name of the character column.
+
+    Raises:
+        UserError: nothing there, no character folders, a column missing, or no pictures.
+    """
+    if images.is_dir():
+        found = list(_from_folders(images))
+    elif not images.is_file():
+        raise UserError(f"There is no folder or table {images}: give a folder with one folder per character.")
+    elif images.suffix.lower() in (".csv", ".jsonl"):
+        rows = _csv_rows(images) if images.suffix.lower() == ".csv" else _jsonl_rows(images)
+        found = [_from_row(images, line, row, metadata_key) for line, row in rows]
+    else:
+        raise UserError(f"{images} is neither a folder nor a .csv or .jsonl table: give one of these.")
+    if not found:
+        raise UserError(
+            f"There are no {', '.join(SUFFIXES)} pictures in {images}: put them into one folder per character."
+        )
+    return sorted(set(found))
+
+
+def _from_folders(images: Path) -> Iterator[Source]:
+    other = 0
+    for path in sorted(images.rglob("*")):
+        place = path.relative_to(images)
+        if any(part.startswith(".") for part in place.parts) or not path.is_file():
+            continue
+        if path.suffix.lower().lstrip(".") not in SUFFIXES:
+            other += 1
+        elif len(place.parts) == 1:
+            raise UserError(f"{path} lies in no character's folder: move it into {images}/<character>/.")
+        else:
+            yield Source(canonical(place.parts[0].replace("_", " ")), path)
+    if other:
+        logger.warning("%d files in %s are no %s pictures and are left out.", other, images, ", ".join(SUFFIXES))
+
+
+def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            yield from enumerate(csv.DictReader(file), start=2)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} is not a CSV file in UTF-8 ({error}): save it as one.") from error
+
+
+def _jsonl_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(table, encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"Line {line} of {table} is not JSON ({error}): write one object per line.") from error
+            if not isinstance(row, dict):
+                raise UserError(f"Line {line} of {table} is not a JSON object: write one object per line.")
+            yield line, row
+
+
+def _from_row(table: Path, line: int, row: dict[str, Any], metadata_key: str) -> Source:
+    path = row.get(PATH_COLUMN)
+    character = row.get(CHARACTER_COLUMN, row.get(metadata_key))
+    if not isinstance(path, str) or not path or not isinstance(character, str) or not canonical(character):
+        raise UserError(
+            f"Line {line} of {table} lacks text for {PATH_COLUMN!r} or for {CHARACTER_COLUMN!r} "
+            f"(or {metadata_key!r}): every line needs both."
+        )
+    return Source(canonical(character), table.parent / path)

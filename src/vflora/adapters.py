@@ -22,7 +22,7 @@ class AdapterInfo:
     Attributes:
         source: the path it was read from.
         rank: of most of its layers.
-        alpha: of most of its layers; it acts with alpha / rank.
+        alpha: that it was trained with; it acts with alpha / rank.
         layers: how many layers it changes.
         scale: strength on top of alpha / rank.
     """
@@ -56,12 +56,22 @@ def find_adapter(path: str | Path) -> Path:
     return path
 
 
+def declared_alpha(weights: LoraWeights) -> float:
+    """Returns the alpha that the adapter was trained with.
+
+    Files for diffusers and the original code fold alpha / rank into the weights, since their readers lose alpha;
+    the header still names it.
+    """
+    header = weights.metadata
+    return float(header["ss_network_alpha"]) if "vflora.lora_format" in header else weights.alpha
+
+
 def read_adapter(path: str | Path, *, alpha: float | None = None, targets: Sequence[str] | None = None) -> LoraWeights:
     """Reads an adapter of any format, from a file, a folder or a training checkpoint.
 
     Args:
         path: where it is.
-        alpha: instead of the file's; the strength changes in proportion.
+        alpha: instead of the one it was trained with; the strength changes in proportion.
         targets: keep these layers only, by original or diffusers names (see `target_pattern`).
 
     Raises:
@@ -78,7 +88,7 @@ def read_adapter(path: str | Path, *, alpha: float | None = None, targets: Seque
                 f"it has layers such as {min(weights.modules)}."
             )
     if alpha is not None:
-        factor = alpha / weights.alpha
+        factor = alpha / declared_alpha(weights)
         modules = {name: replace(module, alpha=module.alpha * factor) for name, module in modules.items()}
     return replace(weights, modules=modules)
 
@@ -112,5 +122,5 @@ def add_adapters(
         if rank is not None and rank != weights.rank:
             raise UserError(f"{path} has rank {weights.rank}, not --lora_r {rank}: leave --lora_r out.")
         apply_lora(transformer, weights, adapter_name=f"adapter_{index}", scale=scale)
-        added.append(AdapterInfo(str(path), weights.rank, weights.alpha, len(weights), scale))
+        added.append(AdapterInfo(str(path), weights.rank, declared_alpha(weights), len(weights), scale))
     return tuple(added)

@@ -1,0 +1,8 @@
+"""`python export_lora_from_dcp.py ...` is `vflora export ...`, for command lines that were written that way."""
+
+import sys
+
+from vflora.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["export", *sys.argv[1:]]))

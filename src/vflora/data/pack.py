@@ -56,7 +56,7 @@ class PackConfig:
     val_by: Literal["sample", "identity"] = "sample"
     """sample: some pictures of every character validate; identity: all pictures of some characters do."""
 
-    duplicate_distance: int = 3
+    duplicate_distance: int = 2
     """Pictures of a character whose perceptual hashes differ in so few of 64 bits are one picture; -1 keeps all."""
 
     samples_per_shard: int = 1000

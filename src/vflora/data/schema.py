@@ -57,11 +57,11 @@ def find_shards(wds_root: Path, split: str, pattern: str = "*.tar") -> tuple[Pat
     return shards
 
 
-def read_manifest(path: Path, metadata_key: str) -> list[dict[str, str]]:
-    """Reads the rows of a manifest.
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Reads the columns and rows of a manifest.
 
     Raises:
-        UserError: no such file, no rows, or no column `metadata_key`.
+        UserError: no such file, or not a CSV file in UTF-8.
     """
     if not path.is_file():
         raise UserError(f"There is no manifest {path}: pack the data set with `vflora data pack`.")
@@ -71,7 +71,16 @@ def read_manifest(path: Path, metadata_key: str) -> list[dict[str, str]]:
             rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"The manifest {path} is not a CSV file in UTF-8 ({error}): save it as one.") from error
-    columns = list(reader.fieldnames or [])
+    return list(reader.fieldnames or []), rows
+
+
+def read_manifest(path: Path, metadata_key: str) -> list[dict[str, str]]:
+    """Reads the rows of a manifest.
+
+    Raises:
+        UserError: no such file, not a CSV file, or no column `metadata_key`.
+    """
+    columns, rows = read_table(path)
     if metadata_key not in columns:
         found = ", ".join(columns) or "none"
         raise UserError(

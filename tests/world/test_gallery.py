@@ -3,6 +3,8 @@ import json
 import pytest
 from PIL import Image
 
+from vflora.data.pack import PackConfig
+from vflora.data.pack import run as pack
 from vflora.errors import UserError
 from vflora.video_io import read_mp4
 from vflora.world.characters import character_name
@@ -47,6 +49,14 @@ def test_stills_come_as_a_folder_for_each_character(tmp_path):
         with Image.open(pictures[0]) as picture:
             assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")
         assert len({p.read_bytes() for p in pictures}) == 3
+
+
+def test_stills_can_be_packed(tmp_path):
+    folder = write_still_folder(tmp_path / "stills", domain="creatures", split="dev", per_character=6, seed=0, limit=3)
+    summary = pack(PackConfig(images=folder, output=tmp_path / "shards", metadata_key="creature", resolution="64x64"))
+    assert summary.size == (64, 64)
+    assert not summary.unreadable
+    assert set(summary.counts["train"]) == {character_name(k, domain="creatures") for k in (384, 385, 386)}
 
 
 def test_stills_do_not_mix_with_what_is_there(tmp_path):

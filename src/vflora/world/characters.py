@@ -33,7 +33,7 @@ SHAPES = (
     "heart", "flower", "cross", "house", "drop", "cloud",
 )  # fmt: skip
 NICKNAMES = (
-    "bimbo", "bobbin", "bumble", "chuffle", "dibble", "doodle", "fizzle", "flump", "gloop", "gogo",
+    "bimble", "bobbin", "bumble", "chuffle", "dibble", "doodle", "fizzle", "flump", "gloop", "gogo",
     "grumble", "hobnob", "jigget", "kibble", "lumo", "mimzy", "momo", "muffin", "nibbin", "noodle",
     "pipkin", "plonk", "poffle", "puddle", "quibble", "rumpus", "sniffle", "snork", "squib", "tatter",
     "tiggle", "tumtum", "twill", "waddle", "wibble", "wompo", "yakko", "yoyo", "zibbit", "zuzu",

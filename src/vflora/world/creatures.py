@@ -28,7 +28,8 @@ def draw_creature(canvas: Canvas, traits: Traits) -> None:
     _paint_topper(canvas, traits, (top - 3.4) * _CELL)
     paint_outlined(canvas, body, traits.main, traits.ink)
     spots = [(max(x, 0.09), y, 0.5 * _CELL) for cell, (x, y) in places.items() if cell not in _FACE]
-    paint_pattern(canvas, body, traits, belly=(max(bottom - 0.6, 4.0) - 3) * _CELL, spots=spots)
+    belly, band = (max(bottom - 0.6, 4.0) - 3) * _CELL, (_row_for_band(cells) - 3) * _CELL
+    paint_pattern(canvas, body, traits, belly=belly, band=band, spots=spots)
     _paint_face(canvas, traits, -0.5 * _CELL)
 
 
@@ -43,7 +44,16 @@ def _grow_bitmap(rng: random.Random) -> list[_Cell]:
         beside = {(c + dc, r + dr) for c, r in cells for dc, dr in ((1, 0), (-1, 0), (0, 1), (0, -1))}
         edge = sorted((c, r) for c, r in beside - cells if 0 <= c <= widest and 0 <= r <= tallest)
         cells.add(rng.choice(edge))
-    return sorted(cells)
+    # a hole of one cell would melt into a stray dot
+    around = {(c, r): {(abs(c - 1), r), (c + 1, r), (c, r - 1), (c, r + 1)} for c in range(4) for r in range(7)}
+    return sorted(cells | {cell for cell, beside in around.items() if beside <= cells})
+
+
+def _row_for_band(cells: list[_Cell]) -> float:
+    """Returns the widest row that eyes and mouth leave free, the lower one of two; or else the row of the eyes."""
+    width = {row: max(c for c, r in cells if r == row) for _, row in cells}
+    free = [row for row in width if row not in (2, 3) and width[row] > 0]
+    return max(free, key=lambda row: (width[row], row)) if free else 2.8
 
 
 def _paint_limbs(canvas: Canvas, traits: Traits, places: dict[_Cell, tuple[float, float]], bottom: int) -> None:

@@ -28,7 +28,7 @@ def draw_geometric(canvas: Canvas, traits: Traits) -> None:
         limbs.append(canvas.stroke(side * 0.35, 0.1, side * 0.8, 0.08 - 0.25 * side * step, 0.085))
     paint_outlined(canvas, union(*limbs), mix(traits.accent, traits.ink, 0.15), traits.ink)
     paint_outlined(canvas, body, traits.main, traits.ink)
-    paint_pattern(canvas, body, traits, belly=0.26, spots=_SPOTS)
+    paint_pattern(canvas, body, traits, belly=0.26, band=0.26, spots=_SPOTS)
     paint_eyes(canvas, traits, [(-0.21, -0.1), (0.21, -0.1)], 0.175, look=0.0)
     paint_mouth(canvas, traits, "smile", 0.16, 0.14)
 

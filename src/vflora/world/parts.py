@@ -27,7 +27,13 @@ def paint_outlined(canvas: Canvas, distance: Tensor, colour: Colour, ink: Colour
 
 
 def paint_pattern(
-    canvas: Canvas, body: Tensor, traits: Traits, *, belly: float, spots: Sequence[tuple[float, float, float]]
+    canvas: Canvas,
+    body: Tensor,
+    traits: Traits,
+    *,
+    belly: float,
+    band: float,
+    spots: Sequence[tuple[float, float, float]],
 ) -> None:
     """Paints the character's pattern on its body.
 
@@ -36,6 +42,7 @@ def paint_pattern(
         body: distance to the body.
         traits: the character; its pattern decides what is painted.
         belly: height of the belly's middle.
+        band: height of a band's middle.
         spots: places (x, y, radius) where spots may sit; they are mirrored.
     """
     rng = traits.rng
@@ -51,7 +58,7 @@ def paint_pattern(
             discs = [canvas.disc(side * x, y, radius) for x, y, radius in chosen for side in (-1, 1)]
             canvas.paint(union(*discs), traits.accent, within=body)
         case _:  # banded
-            canvas.paint(canvas.stripe(belly, 0.13), traits.accent, within=body)
+            canvas.paint(canvas.stripe(band, 0.13), traits.accent, within=body)
 
 
 def paint_eyes(

@@ -99,12 +99,14 @@ def test_vae_is_found_in_a_pipeline_folder_and_missed_with_the_line_to_run(tmp_p
         VaeRoundTrip.load(tmp_path, 32, torch.device("cpu"), torch.float32)
 
 
-def test_validation_degrades_every_image_without_a_random_crop():
-    config = for_validation(AugmentConfig(), crop=False)
-    out = augment(_images(8), _generators(0, 8), config, SIZE)
-    assert ((out - to_input(_images(8), SIZE)).flatten(1).abs().mean(1) > 0.005).all()
-    assert (config.crop_ratio, config.crop_jitter) == (1.0, 0.0)
-    assert for_validation(AugmentConfig(), crop=True).crop_ratio == 0.9
+def test_validation_degrades_every_image_or_none_and_never_crops_at_random():
+    plain = to_input(_images(8), SIZE)
+    config = for_validation(AugmentConfig(), crop=False, degrade=True)
+    assert ((augment(_images(8), _generators(0, 8), config, SIZE) - plain).flatten(1).abs().mean(1) > 0.005).all()
+    config = for_validation(AugmentConfig(), crop=False, degrade=False)
+    assert torch.equal(augment(_images(8), _generators(0, 8), config, SIZE), plain)
+    config = for_validation(AugmentConfig(), crop=True, degrade=False)
+    assert (config.crop_ratio, config.crop_jitter) == (0.9, 0.0)
 
 
 @pytest.mark.parametrize(

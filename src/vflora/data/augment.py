@@ -85,17 +85,17 @@ class AugmentConfig:
         require(self.augment_vae_side >= 16, "--augment_vae_side must be at least 16 pixels.")
 
 
-def for_validation(config: AugmentConfig, crop: bool) -> AugmentConfig:
-    """Returns settings under which every image is degraded, and cropped evenly if `crop`, never at random."""
+def for_validation(config: AugmentConfig, *, crop: bool, degrade: bool) -> AugmentConfig:
+    """Returns settings that treat every image alike: cropped evenly if `crop`, degraded if `degrade`."""
     return replace(
         config,
         crop_ratio=config.crop_ratio if crop else 1.0,
         crop_jitter=0.0,
         augment_flip=0.0,
-        augment_vae=1.0,
         augment_downscale=0.0,
-        augment_blur=1.0,
-        augment_noise=1.0,
+        augment_vae=float(degrade),
+        augment_blur=float(degrade),
+        augment_noise=float(degrade),
     )
 
 

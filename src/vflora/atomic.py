@@ -1,0 +1,78 @@
+"""Files and folders that are there whole or not at all, whenever the power goes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from vflora.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Makes a folder appear with everything in it.
+
+    Args:
+        target: the folder; one of this name is replaced as a whole, since overwriting in place could leave half
+            of the old and half of the new.
+        fill: writes the content into the folder it is given; manifest.json, the sha256 of every file, is added.
+
+    Returns:
+        `target`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    fill(unfinished)
+    files = sorted(p for p in unfinished.rglob("*") if p.is_file())
+    (unfinished / MANIFEST).write_text(json.dumps({str(p.relative_to(unfinished)): sha256(p) for p in files}))
+    for path in [*unfinished.rglob("*"), unfinished]:
+        _sync(path)
+    if target.exists():
+        target.rename(stale := target.with_name(f".{target.name}.stale"))
+        shutil.rmtree(stale)
+    unfinished.rename(target)
+    _sync(target.parent)
+    return target
+
+
+def replace_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Makes a new version of a file appear in one instant; `write` writes it to the path it is given."""
+    unfinished = target.with_name(f".{target.name}.tmp")
+    write(unfinished)
+    _sync(unfinished)
+    unfinished.replace(target)
+    _sync(target.parent)
+
+
+def require_space(folder: Path, wanted_bytes: int, advice: str) -> None:
+    """Refuses to start writing what does not fit.
+
+    Raises:
+        UserError: with the free and the needed space, and `advice`.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < wanted_bytes:
+        raise UserError(
+            f"{folder} has {free / 2**20:.0f} MiB free and {wanted_bytes / 2**20:.0f} may be needed: {advice}"
+        )
+
+
+def sha256(path: Path) -> str:
+    """Returns the digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

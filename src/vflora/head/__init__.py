@@ -1,0 +1,1 @@
+"""Training the identity projection head: settings, checkpoints, validation."""

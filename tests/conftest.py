@@ -9,7 +9,12 @@ torch.set_num_threads(1)
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from vflora.models.random_weights import small_transformer  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from vflora.data.pack import PackConfig  # noqa: E402
+from vflora.data.pack import run as pack  # noqa: E402
+from vflora.models.projection_head import HeadSpec, new_head, save_head  # noqa: E402
+from vflora.models.random_weights import small_dinov3_vit, small_pipeline, small_transformer  # noqa: E402
 from vflora.types import Conditions  # noqa: E402
 
 diffusers_logging.set_verbosity_error()
@@ -47,3 +52,50 @@ def make_conditions():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory):
+    """A random pipeline, a random DINOv3 and a random head for it, in the folders that users have."""
+    folder = tmp_path_factory.mktemp("models")
+    small_pipeline().save_pretrained(folder / "pipeline")
+    dino = small_dinov3_vit()
+    dino.save_pretrained(folder / "dino")
+    spec = HeadSpec(dino.config.hidden_size, (8,))
+    save_head(new_head(spec, torch.Generator().manual_seed(0)), folder / "head.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """Twelve pictures of three characters, packed: two colours each, so that they differ."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for character in ("red fox", "blue whale", "green frog"):
+        (folder / "images" / character).mkdir(parents=True)
+        for number in range(4):
+            pixels = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+            picture = Image.fromarray(pixels.numpy()).resize((64, 64), Image.Resampling.BICUBIC)
+            picture.save(folder / "images" / character / f"{number}.png")
+    pack(
+        PackConfig(
+            folder / "images", folder / "wds", "species", resolution="64x64", val_split=0.25, duplicate_distance=-1
+        )
+    )
+    return folder / "wds"
+
+
+@pytest.fixture
+def train_flags(small_models, small_data, tmp_path):
+    """The flags of a training run that takes a fraction of a second per step."""
+    return [
+        *("--pipeline_dir", str(small_models / "pipeline")),
+        *("--dino_model_dir", str(small_models / "dino")),
+        *("--dino_head_path", str(small_models / "head.safetensors")),
+        *("--wds_root", str(small_data), "--metadata_key", "species"),
+        *("--output_dir", str(tmp_path / "run")),
+        *("--train_target_resolution", "64x64", "--train_video_length", "9", "--num_inference_steps", "6"),
+        *("--lora_r", "4", "--lora_alpha", "4", "--dtype", "fp32", "--num_workers", "0"),
+        *("--condition_lookahead", "2", "--max_train_steps", "4", "--warmup_steps", "0", "--learning_rate", "1e-2"),
+        *("--log_every_steps", "1", "--logger", "none", "--device", "cpu"),
+    ]

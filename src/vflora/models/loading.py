@@ -53,7 +53,7 @@ def load_transformer(
     """
     check_pipeline_dir(pipeline_dir)
     transformer = HunyuanVideo15Transformer3DModel.from_pretrained(
-        pipeline_dir, subfolder="transformer", torch_dtype=dtype
+        pipeline_dir, subfolder="transformer", dtype=dtype
     )
     return transformer.requires_grad_(False).eval().to(device)
 
@@ -65,7 +65,7 @@ def load_vae(pipeline_dir: str, dtype: torch.dtype, device: torch.device | str) 
         UserError: if the folder is missing or no pipeline.
     """
     check_pipeline_dir(pipeline_dir)
-    vae = AutoencoderKLHunyuanVideo15.from_pretrained(pipeline_dir, subfolder="vae", torch_dtype=dtype)
+    vae = AutoencoderKLHunyuanVideo15.from_pretrained(pipeline_dir, subfolder="vae", dtype=dtype)
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -79,7 +79,7 @@ def load_encoders(
     """
     check_pipeline_dir(pipeline_dir)
     pipeline = HunyuanVideo15ImageToVideoPipeline.from_pretrained(
-        pipeline_dir, transformer=None, vae=vae, torch_dtype=dtype
+        pipeline_dir, transformer=None, vae=vae, dtype=dtype
     )
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.image_encoder):
         encoder.requires_grad_(False).eval()

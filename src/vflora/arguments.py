@@ -1,0 +1,83 @@
+"""Command lines as people type them -> command lines as jsonargparse reads them. Pure."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+_TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+
+
+def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Sequence[str] = ()) -> list[str]:
+    """Rewrites flags so that every usual spelling works.
+
+    `-` and `_` in a flag's name are the same; a boolean takes true/false/1/0/yes/no/on/off, or nothing for true, and
+    `--no-x` is `--x false`; a list takes its values one after the other; positionals get their flag.
+
+    Args:
+        arguments: what was typed.
+        groups: the dataclasses of flags.
+        positionals: flags whose name may be left out, in order.
+    """
+    kinds = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
+    words = list(arguments)
+    result: list[str] = []
+    open_positionals = list(positionals)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            result += ["--" + open_positionals.pop(0), word] if open_positionals and word[:1] != "-" else [word]
+            continue
+        name, joined, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in kinds and name.startswith("no_") and kinds.get(name[3:]) is bool:
+            result += [f"--{name[3:]}", "false"]
+            continue
+        kind = kinds.get(name)
+        if name in open_positionals:
+            open_positionals.remove(name)
+        if kind is None:
+            result.append(f"--{name}" + (f"={value}" if joined else ""))
+        elif _is(kind, bool):
+            if not joined and words and words[0].lower() in _TRUE | _FALSE:
+                value, joined = words.pop(0), "="
+            result += [f"--{name}", _boolean(value) if joined else "true"]
+        elif _is(kind, list):
+            values = [value] if joined else []
+            while words and not _is_flag(words[0]):
+                values.append(words.pop(0))
+            result += [f"--{name}", _list(values, kind)]
+        else:
+            result += [f"--{name}={value}"] if joined else [f"--{name}"]
+            if not joined and words:
+                result.append(words.pop(0))
+    return result
+
+
+def _is(kind: Any, wanted: type) -> bool:
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_is(part, wanted) for part in get_args(kind)) and not any(_is(part, str) for part in get_args(kind))
+    return kind is wanted or get_origin(kind) is wanted
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") or (word.startswith("-") and not word[1:2].isdigit() and word != "-")
+
+
+def _boolean(value: str) -> str:
+    if value.lower() in _TRUE:
+        return "true"
+    return "false" if value.lower() in _FALSE else value
+
+
+def _list(values: list[str], kind: Any) -> str:
+    """JSON for jsonargparse; one value that is a list already stays as it is."""
+    if len(values) == 1 and values[0].startswith("["):
+        return values[0]
+    if len(values) == 1 and "," in values[0]:
+        values = values[0].split(",")
+    text = "str" in str(kind)
+    return "[" + ", ".join(json.dumps(v) if text else v for v in values) + "]"

@@ -1,0 +1,157 @@
+"""The commands. Flags, help and defaults come from the configuration dataclasses; this file only parses and calls."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from vflora import __version__
+from vflora.arguments import normalise
+from vflora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the program.
+
+    Attributes:
+        summary: one line for the overview.
+        module: where its code is; imported only when the command is called.
+        config: name of its configuration there: a dataclass of flags, or a dataclass of such dataclasses.
+        positionals: flags that may be given without their name, in order.
+    """
+
+    summary: str
+    module: str
+    config: str
+    positionals: tuple[str, ...] = ()
+
+
+COMMANDS: dict[str, Command] = {
+    "data pack": Command("pictures -> shards and manifests", "vflora.data.pack", "PackConfig", ("images",)),
+    "data check": Command("list everything wrong with a data set", "vflora.data.check", "CheckConfig", ("wds_root",)),
+    "train-head": Command("train the identity head on DINOv3", "vflora.train_head", "HeadConfig"),
+    "train": Command("train the LoRA: the recipe", "vflora.train", "TrainSettings"),
+    "generate": Command("picture and prompt -> video", "vflora.generate", "GenerateConfig"),
+    "export": Command("checkpoint -> adapter file", "vflora.export", "ExportConfig"),
+    "compare": Command("base and LoRA side by side, as one page", "vflora.compare", "CompareConfig"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code: 0 done, 1 found something wrong, 2 bad input."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _quiet_libraries()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in (["--version"], ["-V"]):
+        print(f"vflora {__version__}")
+        return 0
+    name, rest = _split_command(words)
+    if name is None:
+        asked = not words or words[0] in ("-h", "--help")
+        print(_overview() if asked else f"vflora: no command {' '.join(words[:2])!r}\n\n{_overview()}")
+        return 0 if asked and words else 2
+    try:
+        return run_command(name, rest) or 0
+    except UserError as error:
+        print(f"vflora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vflora: interrupted", file=sys.stderr)
+        return 130
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int | None:
+    """Parses the flags of one command and runs it.
+
+    Raises:
+        UserError: for settings or input that the command refuses.
+        SystemExit: with code 2 for flags that cannot be parsed, 0 after --help.
+    """
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    config = parse(name, arguments)
+    result = module.run(config)
+    return result if isinstance(result, int) else None
+
+
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """Returns the configuration of a command for the given flags."""
+    command = COMMANDS[name]
+    config_class = getattr(importlib.import_module(command.module), command.config)
+    groups = config_groups(config_class)
+    parser = build_parser(name, groups)
+    try:
+        values = parser.parse_args(normalise(arguments, groups, command.positionals))
+    except ArgumentError as error:
+        raise UserError(f"{error} (`vflora {name} --help` lists the flags)") from error
+    built = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups]
+    return built[0] if groups == [config_class] else config_class(*built)
+
+
+def config_groups(config_class: type) -> list[type]:
+    """Returns the dataclasses of flags that a command's configuration is made of."""
+    hints = get_type_hints(config_class)
+    members = [hints[f.name] for f in fields(config_class)]
+    return members if members and all(is_dataclass(m) for m in members) else [config_class]
+
+
+def build_parser(name: str, groups: list[type]) -> ArgumentParser:
+    """Builds the parser of one command, one help group per dataclass."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"vflora {name}",
+        usage=f"vflora {name} [flags]",
+        description=COMMANDS[name].summary,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags win over it")
+    for group in groups:
+        parser.add_class_arguments(group, nested_key=None, as_group=True)
+    return parser
+
+
+def _split_command(words: list[str]) -> tuple[str | None, list[str]]:
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            return name, words[length:]
+    return None, words
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vflora COMMAND [flags]      (vflora COMMAND --help lists the flags)",
+            "",
+            "Video-Free LoRA: new characters for an image-to-video model, from still images alone.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _quiet_libraries() -> None:
+    """Keeps notes of libraries about themselves out of the user's terminal; warnings of ours stay."""
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    for library in ("httpx", "PIL", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def entry(name: str) -> Callable[[], int]:
+    """Returns a main function for one command, for the scripts that carry the reference's names."""
+    return lambda: main([*name.split(), *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

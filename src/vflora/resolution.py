@@ -1,0 +1,39 @@
+"""Height and width of a training clip."""
+
+from __future__ import annotations
+
+import re
+
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+
+from vflora.config import require
+from vflora.errors import UserError
+
+_TARGET_SIZES = {"480p": 640, "720p": 960}
+
+
+def clip_size(target: str, image_size: tuple[int, int], divisor: int) -> tuple[int, int]:
+    """Returns height and width in pixels.
+
+    Args:
+        target: 480p or 720p, for the pipeline's bucket with the pictures' aspect ratio, or HEIGHTxWIDTH.
+        image_size: height and width of the pictures.
+        divisor: pixels per latent.
+
+    Raises:
+        UserError: if the target is none of these or does not divide.
+    """
+    if target in _TARGET_SIZES:
+        processor = HunyuanVideo15ImageProcessor(vae_scale_factor=divisor)
+        height, width = image_size
+        return processor.calculate_default_height_width(height, width, target_size=_TARGET_SIZES[target])
+    match = re.fullmatch(r"(\d+)x(\d+)", target)
+    if match is None:
+        raise UserError(f"--train_target_resolution {target} is unknown: use 480p, 720p or HEIGHTxWIDTH.")
+    height, width = int(match[1]), int(match[2])
+    nearest = "x".join(str(max(divisor, round(n / divisor) * divisor)) for n in (height, width))
+    require(
+        height > 0 and width > 0 and height % divisor == width % divisor == 0,
+        f"--train_target_resolution {target} does not divide by {divisor}: use {nearest}.",
+    )
+    return height, width

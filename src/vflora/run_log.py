@@ -1,0 +1,85 @@
+"""Numbers of a run: metrics.jsonl always, TensorBoard or Weights & Biases beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from vflora.errors import UserError
+
+
+class RunLog:
+    """Writes scalars by step; going back to an earlier step removes the lines after it."""
+
+    def __init__(self, output_dir: Path, logger: str, *, start_step: int, config: dict[str, Any]):
+        """Opens the logs.
+
+        Args:
+            output_dir: of the run.
+            logger: tensorboard, wandb or none.
+            start_step: steps already done; later lines belong to a run that was cut off and are dropped.
+            config: shown beside the curves.
+
+        Raises:
+            UserError: if wandb is asked for and not installed.
+        """
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = output_dir / "metrics.jsonl"
+        _drop_lines_after(path, start_step)
+        self._file = path.open("a")
+        self._board = self._wandb = None
+        if logger == "tensorboard":
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
+        elif logger == "wandb":
+            if importlib.util.find_spec("wandb") is None:
+                raise UserError("--logger wandb needs the package: pip install 'vflora[wandb]'.")
+            import wandb
+
+            self._wandb = wandb.init(project="vflora", dir=str(output_dir), config=config, resume="allow")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Logs numbers under the optimizer steps done."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Logs a distribution, where the logger can show one."""
+        if self._board:
+            self._board.add_histogram(name, values, step)
+
+    def video(self, step: int, name: str, frames: Tensor, fps: int) -> None:
+        """Logs the frames of a video, uint8 [F, 3, H, W], as a strip of pictures, where the logger can."""
+        if self._board:
+            picked = frames[:: max(1, len(frames) // 8)]
+            self._board.add_images(name, picked, step)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue  # a line cut short by a kill
+    path.write_text("".join(line + "\n" for line in kept))

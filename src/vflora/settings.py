@@ -1,0 +1,81 @@
+"""All settings of a training run together: as flags, as YAML, and compared with those of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vflora.config import (
+    DistributedConfig,
+    IdentityConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RolloutConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from vflora.data.config import DataConfig
+from vflora.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One record of every setting, by concern."""
+
+    model: ModelConfig
+    data: DataConfig
+    prompts: PromptConfig
+    rollout: RolloutConfig
+    identity: IdentityConfig
+    lora: LoraConfig
+    optimizer: OptimizerConfig
+    validation: ValidationConfig
+    run: RunConfig
+    distributed: DistributedConfig
+
+    def flat(self) -> dict[str, Any]:
+        """Returns every setting under the name of its flag, as plain values."""
+        return flat_settings(*(getattr(self, field.name) for field in fields(self)))
+
+    def yaml(self) -> str:
+        """Returns the settings as a file that `--config` takes."""
+        return yaml.safe_dump(self.flat(), sort_keys=False)
+
+
+def flat_settings(*configs: Any) -> dict[str, Any]:
+    """Returns the fields of several configurations under the names of their flags, as plain values."""
+    values = {field.name: getattr(config, field.name) for config in configs for field in fields(config)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+FREE_TO_CHANGE = frozenset(
+    {f.name for config in (RunConfig, ValidationConfig, DistributedConfig) for f in fields(config)} - {"seed"}
+    | {"pipeline_dir", "wds_root", "device", "num_workers", "max_bad_samples", "condition_cache", "dino_model_dir"}
+    | {"condition_lookahead", "dino_head_path", "pretrained_lora_path", "max_train_steps", "prompt_bank"}
+    | {"prompt_builder", "batch_size", "gradient_accumulation_steps"}
+)
+"""Settings that a resumed run may have otherwise: they say where things are, not what is learned. The batch may be
+split over another number of processes; its whole size is compared by itself."""
+
+
+def require_same_recipe(saved: dict[str, Any], current: dict[str, Any], *, where: Path) -> None:
+    """Compares the settings of a checkpoint with those of the run that resumes it.
+
+    Raises:
+        UserError: naming every setting that differs, with both values.
+    """
+    differing = [
+        f"--{name} was {saved[name]} and is {value}"
+        for name, value in current.items()
+        if name in saved and name not in FREE_TO_CHANGE and saved[name] != value
+    ]
+    if differing:
+        raise UserError(
+            f"{where} was trained with other settings: {'; '.join(differing)}. "
+            "Resume with the saved ones, or start anew in another --output_dir."
+        )

@@ -1,0 +1,198 @@
+"""The training loop: lessons, step, log, validate, save."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from tqdm import tqdm
+
+from vflora.checkpoint import RunState, save_checkpoint
+from vflora.errors import NonFiniteError
+from vflora.losses import identity_weight
+from vflora.models.lora import ADAPTER
+from vflora.models.lora_formats import build_header, from_transformer, write_lora
+from vflora.recipe import StepInputs, training_step
+from vflora.rollout import deep_index, harvest_indices
+from vflora.run_log import RunLog
+from vflora.settings import TrainSettings
+from vflora.step_clock import StepClock
+from vflora.teacher_source import Lesson
+from vflora.training_setup import Training, set_up
+from vflora.types import LossReport
+
+logger = logging.getLogger(__name__)
+
+
+def run(settings: TrainSettings) -> Path:
+    """Trains, and returns the folder of the last checkpoint.
+
+    Raises:
+        UserError: for bad input, and NonFiniteError where a loss or gradient is not finite.
+    """
+    training = set_up(settings)
+    run_config = settings.run
+    log = RunLog(run_config.output_dir, run_config.logger, start_step=training.start_step, config=settings.flat())
+    (run_config.output_dir / "config.yaml").write_text(settings.yaml())
+    try:
+        return _loop(training, log)
+    finally:
+        log.close()
+        training.loader.close()
+
+
+def _loop(training: Training, log: RunLog) -> Path:
+    settings = training.settings
+    total = settings.optimizer.max_train_steps
+    saved: Path | None = None
+    with (
+        _stop_requests() as stop_requested,
+        tqdm(total=total, initial=training.start_step, desc="training", unit="step") as bar,
+    ):
+        for step in range(training.start_step, total):
+            began = time.perf_counter()
+            clock = StepClock(training.device)
+            reports = [
+                _learn(training, lesson, step, micro, clock)
+                for micro, lesson in enumerate(training.source.lessons(step, clock))
+            ]
+            with clock.part("optimizer"):
+                gradient_norm = training.optimizer.step(step + 1)
+            done = step + 1
+            metrics = _metrics(reports, gradient_norm, training.optimizer.learning_rate)
+            metrics |= {f"seconds/{part}": value for part, value in clock.seconds().items()}
+            metrics["seconds/step"] = time.perf_counter() - began
+            bar.update()
+            bar.set_postfix(_glance(metrics))
+            if done % settings.run.log_every_steps == 0 or done == total:
+                log.scalars(done, metrics)
+                _log_cosines(log, done, reports)
+            if settings.run.teacher_check and done % settings.run.teacher_check == 0:
+                training.teacher_probe.check(done)
+            if training.validator and (done % settings.validation.val_every_steps == 0 or done == total):
+                preview_dir = settings.run.output_dir / "previews" / f"step-{done:06d}"
+                log.scalars(done, training.validator.run(training.validation_batches, preview_dir))
+            stopping = stop_requested()
+            if done % settings.run.save_every_steps == 0 or done == total or stopping:
+                saved = _save(training, done)
+            if stopping:
+                logger.warning(
+                    "stopped after step %d; go on with --resume_from_checkpoint latest (saved: %s)", done, saved
+                )
+                break
+    if saved is None:
+        raise RuntimeError("the loop ended without a step: the checkpoint it resumed from was already complete")
+    return saved
+
+
+def _learn(training: Training, lesson: Lesson, step: int, micro: int, clock: StepClock) -> LossReport:
+    """Harvests the lesson's trajectory for this step and adds its gradient."""
+    settings, config = training.settings, training.settings.identity
+    deep = deep_index(settings.rollout, settings.run.seed, step)
+    harvested = harvest_indices(settings.rollout, deep, settings.run.seed, step)
+    inputs = StepInputs(
+        conditions=lesson.conditions,
+        points=[lesson.trajectory.point(index) for index in [*harvested, deep]],
+        anchors=lesson.batch.anchors,
+        identity_weight=identity_weight(
+            step,
+            peak=config.lambda_id,
+            schedule=config.lambda_id_schedule,
+            warmup_steps=config.lambda_id_warmup_steps,
+            every_steps=config.id_every_steps,
+        ),
+        key=(settings.run.seed, "frames", step, micro),
+    )
+    if settings.lora.lora_dropout > 0:
+        # The only global generator in the step: seeded per micro-batch, so that a resumed run drops the same.
+        torch.manual_seed(settings.run.seed * 1_000_003 + step * 1_009 + micro)
+    scale = 1 / settings.optimizer.gradient_accumulation_steps
+    try:
+        return training_step(training.denoiser, training.identity, inputs, scale=scale, clock=clock)
+    except NonFiniteError as error:
+        raise NonFiniteError(error.part, step + 1) from None
+
+
+def _metrics(reports: list[LossReport], gradient_norm: float, learning_rate: float) -> dict[str, float]:
+    metrics = {
+        "loss/total": fmean(report.total for report in reports),
+        "loss/distill": fmean(report.distill for report in reports),
+        "lambda_id": reports[0].weight,
+        "gradient_norm": gradient_norm,
+        "learning_rate": learning_rate,
+    }
+    judged = [report for report in reports if report.identity is not None]
+    if judged:
+        metrics["loss/identity"] = fmean(report.identity or 0.0 for report in judged)
+        cosines = torch.cat([report.cosines for report in judged if report.cosines is not None])
+        metrics["cosine/first_frame"] = cosines[:, 0].mean().item()
+        metrics["cosine/last_frame"] = cosines[:, -1].mean().item()
+    for name, sigma in (("high", max), ("low", min)):
+        report = reports[0]
+        index = report.sigmas.index(sigma(report.sigmas))
+        metrics[f"loss/distill_{name}_noise"] = fmean(r.distill_by_point[index] for r in reports)
+    return metrics
+
+
+def _glance(metrics: dict[str, float]) -> dict[str, str]:
+    shown = {"distill": f"{metrics['loss/distill']:.4g}"}
+    if "loss/identity" in metrics:
+        shown["identity"] = f"{metrics['loss/identity']:.3f}"
+    shown["s/step"] = f"{metrics['seconds/step']:.2f}"
+    return shown
+
+
+def _log_cosines(log: RunLog, step: int, reports: list[LossReport]) -> None:
+    cosines = [report.cosines for report in reports if report.cosines is not None]
+    if cosines:
+        log.histogram(step, "cosine", torch.cat(cosines))
+
+
+def _save(training: Training, step: int) -> Path:
+    settings = training.settings
+    state = RunState(step, training.source.batches_before(step), training.data_fingerprint)
+    header = build_header(
+        title=settings.run.output_dir.resolve().name,
+        base_model=settings.model.pipeline_dir,
+        recipe={"method": "video-free-lora", "step": step, **settings.flat()},
+        characters=training.characters,
+    )
+
+    def write_adapter(folder: Path) -> None:
+        weights = from_transformer(training.denoiser.transformer, ADAPTER)
+        write_lora(weights, folder / "pytorch_lora_weights.safetensors", "diffusers", header)
+
+    return save_checkpoint(
+        settings.run.output_dir,
+        state,
+        training.state_tensors(),
+        settings.yaml(),
+        write_adapter,
+        keep=settings.run.keep_checkpoints,
+    )
+
+
+@contextmanager
+def _stop_requests() -> Iterator:
+    """Turns Ctrl-C and SIGTERM into a flag: the step is finished and saved, and then the run ends.
+
+    A second Ctrl-C interrupts at once, as usual.
+    """
+    requested: list[int] = []
+
+    def request(number: int, _frame) -> None:
+        requested.append(number)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,133 @@
+"""Student and teacher side by side on held-out pictures: does identity hold, and does it still move?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15
+from torch import Tensor
+
+from vflora.evaluate import VideoScores, score_video, teacher_deviation
+from vflora.flow import clean_estimate
+from vflora.models.conditions import ConditionEncoder
+from vflora.models.denoiser import Denoiser
+from vflora.models.identity import IdentityEmbedder
+from vflora.models.video_vae import decode_frames
+from vflora.random_streams import keyed_generator, keyed_noise
+from vflora.rollout import rollout
+from vflora.teacher_source import PromptMaker
+from vflora.types import Batch, Conditions, Trajectory
+from vflora.video_io import write_mp4
+
+logger = logging.getLogger(__name__)
+
+_DEVIATION_POINTS = 4
+_TILE_PIXELS = 256
+FROZEN_RATIO = 0.5
+"""Below this share of the teacher's motion the student is called frozen."""
+
+
+class Validator:
+    """Samples held-out pictures twice from the same noise, once with the LoRA and once without."""
+
+    def __init__(
+        self,
+        *,
+        denoiser: Denoiser,
+        vae: AutoencoderKLHunyuanVideo15,
+        embedder: IdentityEmbedder,
+        encoder: ConditionEncoder,
+        make_prompt: PromptMaker,
+        sigmas: Tensor,
+        latent_shape: tuple[int, int, int, int],
+        guidance_scale: float,
+        seed: int,
+        device: torch.device,
+    ):
+        """Takes the models and the size of a validation clip (C, T, H, W)."""
+        self._denoiser, self._vae, self._embedder, self._encoder = denoiser, vae, embedder, encoder
+        self._make_prompt, self._sigmas, self._latent_shape = make_prompt, sigmas, latent_shape
+        self._guidance_scale, self._seed, self._device = guidance_scale, seed, device
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[Batch], preview_dir: Path | None) -> dict[str, float]:
+        """Returns the metrics, averaged over the samples; previews show the teacher left, the student right.
+
+        Args:
+            batches: held-out pictures.
+            preview_dir: folder for one mp4 per sample; None writes none.
+        """
+        rows: list[dict[str, float]] = []
+        for batch in batches:
+            for index in range(len(batch)):
+                rows.append(self._sample(batch, index, preview_dir))
+        metrics = {name: fmean(row[name] for row in rows) for name in rows[0]}
+        metrics["val/motion_ratio"] = metrics["val/student_motion"] / max(metrics["val/teacher_motion"], 1e-9)
+        if metrics["val/motion_ratio"] < FROZEN_RATIO:
+            logger.warning(
+                "the student moves %.0f %% as much as the teacher: lower --lambda_id, or stop at an earlier checkpoint",
+                100 * metrics["val/motion_ratio"],
+            )
+        return metrics
+
+    def _sample(self, batch: Batch, index: int, preview_dir: Path | None) -> dict[str, float]:
+        key, character = batch.keys[index], batch.characters[index]
+        images = batch.images[index : index + 1]
+        prompt = self._make_prompt(character, keyed_generator(self._seed, "validation prompt", key))
+        conditions = self._encoder.encode([prompt], images)
+        unconditional = self._encoder.encode([""], images) if self._guidance_scale != 1 else None
+        noise = keyed_noise(self._latent_shape, self._seed, "validation noise", key)[None].to(self._device)
+
+        student = self._rollout(noise, conditions, unconditional)
+        with self._denoiser.teacher():
+            teacher = self._rollout(noise, conditions, unconditional)
+        videos = {"teacher": self._decode(teacher), "student": self._decode(student)}
+        reference = images[0].to(self._device).float() / 127.5 - 1
+        scores = {who: score_video(video, reference, self._embedder) for who, video in videos.items()}
+        if preview_dir is not None:
+            preview_dir.mkdir(parents=True, exist_ok=True)
+            side_by_side = torch.cat([videos["teacher"], videos["student"]], dim=-1)
+            write_mp4(preview_dir / f"{key}.mp4", side_by_side)
+        return {"val/teacher_deviation": self._deviation(teacher, conditions)} | {
+            f"val/{who}_{name}": value for who, s in scores.items() for name, value in _flat(s).items()
+        }
+
+    def _rollout(self, noise: Tensor, conditions: Conditions, unconditional: Conditions | None) -> Trajectory:
+        return rollout(
+            self._denoiser,
+            conditions,
+            noise,
+            self._sigmas,
+            len(self._sigmas) - 1,
+            guidance_scale=self._guidance_scale,
+            unconditional=unconditional,
+        )
+
+    def _decode(self, trajectory: Trajectory) -> Tensor:
+        """Returns the video [3, F, H, W] in [-1, 1] on the CPU."""
+        last = trajectory.point(len(trajectory) - 1)
+        clean = clean_estimate(last.latents, last.sigma, last.teacher_velocity)
+        tile = _TILE_PIXELS if self._device.type == "cuda" else None
+        return decode_frames(self._vae, clean, tile=tile)[0].clamp(-1, 1).cpu()
+
+    def _deviation(self, teacher: Trajectory, conditions: Conditions) -> float:
+        """Mean squared velocity error of the student on points of the teacher's way, evenly spread."""
+        indices = torch.linspace(0, len(teacher) - 1, _DEVIATION_POINTS).round().long().unique().tolist()
+        errors = []
+        for point in map(teacher.point, indices):
+            velocity = self._denoiser.velocity(point.latents, point.sigma, conditions)
+            errors.append(teacher_deviation(velocity, point.teacher_velocity))
+        return fmean(errors)
+
+
+def _flat(scores: VideoScores) -> dict[str, float]:
+    return {
+        "cosine_mean": scores.identity.mean,
+        "cosine_std": scores.identity.std,
+        "cosine_last_quarter": scores.identity.last_quarter,
+        "motion": scores.motion.frame_difference,
+    }

@@ -1,0 +1,180 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vflora.cli import main, parse
+from vflora.train import run
+from vflora.training_setup import set_up
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """Every loss to the last bit, by step."""
+    return {
+        row["step"]: [float(row[k]).hex() for k in ("loss/distill", "loss/identity", "gradient_norm")]
+        for row in metrics(folder)
+        if "loss/distill" in row
+    }
+
+
+def test_first_step_has_no_distillation_loss_because_the_student_is_the_teacher(train_flags, tmp_path):
+    run(parse("train", [*train_flags, "--max_train_steps", "2"]))
+    first, second = metrics(tmp_path / "run")
+    assert first["loss/distill"] == 0.0
+    assert second["loss/distill"] > 0.0
+    assert first["loss/identity"] > 0.0
+
+
+def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path):
+    folder = run(parse("train", train_flags))
+    assert folder.name == "checkpoint-4"
+    adapter = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
+    assert sum(p.stat().st_size for p in folder.rglob("*")) < 5e6, "the frozen base is never saved"
+    assert "lora_r: 4" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--num_workers", "0"],
+        ["--num_workers", "2"],
+        ["--trajectory_reuse", "3", "--gradient_accumulation_steps", "2", "--use_muon", "false"],
+        ["--lora_dropout", "0.2", "--batch_size", "2", "--p_secondary", "0.5"],
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(train_flags, tmp_path, extra):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = [*train_flags, "--max_train_steps", "6", "--save_every_steps", "2", *extra]
+    run(parse("train", [*flags, "--output_dir", str(whole)]))
+
+    script = (
+        "import os, signal, sys, vflora.train as train\n"
+        "from vflora.cli import parse\n"
+        "learn = train._learn\n"
+        "def killed(training, lesson, step, *rest):\n"
+        "    if step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return learn(training, lesson, step, *rest)\n"
+        "train._learn = killed\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "train.run(parse('train', sys.argv[1:]))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, *flags, "--output_dir", str(cut)], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+    run(parse("train", [*flags, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"]))
+    assert losses(cut) == losses(whole)
+
+
+def test_sigterm_saves_the_step_and_exits(train_flags, tmp_path):
+    flags = [*train_flags, "--max_train_steps", "100000", "--save_every_steps", "100000"]
+    command = [sys.executable, "-m", "vflora.cli", "train", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        log = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+            pass
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors.decode()[-2000:]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    steps = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert steps == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_non_finite_gradient_stops_before_the_optimizer(train_flags, tmp_path):
+    training = set_up(parse("train", train_flags))
+    parameters = training.denoiser.lora_parameters()
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    name, broken = next(iter(parameters.items()))
+    broken.grad = torch.full_like(broken, float("nan"))
+    with pytest.raises(Exception, match=rf"gradient of {name} is not finite in step 3"):
+        training.optimizer.step(3)
+    assert all(torch.equal(before[name], p) for name, p in parameters.items())
+
+
+def test_validation_reports_student_and_teacher_and_writes_previews(train_flags, tmp_path):
+    flags = ["--enable_validation", "--val_num_samples", "2", "--val_video_length", "5", "--val_every_steps", "4"]
+    run(parse("train", [*train_flags, *flags]))
+    row = next(r for r in metrics(tmp_path / "run") if "val/motion_ratio" in r)
+    for who in ("student", "teacher"):
+        assert {f"val/{who}_{k}" for k in ("cosine_mean", "cosine_std", "cosine_last_quarter", "motion")} <= set(row)
+    assert row["val/teacher_deviation"] > 0
+    assert len(list((tmp_path / "run" / "previews" / "step-000004").glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (["--lora_r", "8"], "--lora_r was 4 and is 8"),
+        (["--harvest_count", "1"], "--harvest_count was 2 and is 1"),
+        (["--seed", "1"], "--seed was 42 and is 1"),
+    ],
+)
+def test_resuming_another_recipe_is_refused(train_flags, capsys, change, sentence):
+    run(parse("train", [*train_flags, "--max_train_steps", "1"]))
+    code = main(["train", *train_flags, "--resume_from_checkpoint", "latest", *change])
+    assert code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_cache_that_is_complete_spares_loading_the_text_encoder(train_flags, tmp_path, monkeypatch):
+    flags = [*train_flags, "--max_train_steps", "2", "--condition_cache", str(tmp_path / "cache")]
+    run(parse("train", [*flags, "--output_dir", str(tmp_path / "first")]))
+
+    def refuse(*_):
+        raise AssertionError("the encoders were loaded")
+
+    monkeypatch.setattr("vflora.models.conditions.load_encoders", refuse)
+    run(parse("train", [*flags, "--output_dir", str(tmp_path / "second")]))
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+
+
+def test_teacher_check_passes_while_the_student_learns(train_flags):
+    run(parse("train", [*train_flags, "--teacher_check", "1", "--max_train_steps", "2"]))
+
+
+def test_guidance_changes_the_states_but_the_student_still_starts_as_the_teacher(train_flags, tmp_path):
+    run(parse("train", [*train_flags, "--rollout_guidance_scale", "3", "--max_train_steps", "1"]))
+    assert metrics(tmp_path / "run")[0]["loss/distill"] == 0.0
+
+
+def test_a_run_can_start_from_a_lora(train_flags, tmp_path):
+    folder = run(parse("train", [*train_flags, "--max_train_steps", "2", "--output_dir", str(tmp_path / "first")]))
+    flags = [*train_flags, "--max_train_steps", "1", "--pretrained_lora_path", str(folder / "lora")]
+    run(parse("train", flags))
+    assert metrics(tmp_path / "run")[0]["loss/distill"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (["--train_video_length", "16"], "use 13 or 17"),
+        (["--enable_validation", "--val_video_length", "60"], "use 57 or 61"),
+        (["--train_target_resolution", "60x64"], "does not divide by 16: use 64x64"),
+        (["--pipeline_dir", "/nowhere/at/all"], "hf download"),
+        (["--dino_model_dir", "/nowhere/at/all"], "hf download"),
+        (["--wds_root", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--use_lora", "false"], "trains a LoRA only"),
+        (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
+        (["--lora_target_modules", "nonsense"], "matches no layer"),
+        (["--batch_size", "many"], "batch_size"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+    ],
+)
+def test_bad_settings_get_a_sentence_and_code_2(train_flags, tmp_path, capsys, change, sentence):
+    assert main(["train", *train_flags, *change]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert "Traceback" not in message
+    assert not list((tmp_path / "run").glob("checkpoint*"))

@@ -278,6 +278,12 @@ def test_the_header_tells_what_the_file_is(tmp_path):
         assert opened.metadata()["vflora.lora_format"] == "kohya"
 
 
+def test_the_alpha_of_the_training_run_stays_in_the_header_when_it_is_folded_in(tmp_path):
+    first = write_lora(from_transformer(_adapted(alpha=8)), tmp_path / "a.safetensors", "diffusers")
+    second = write_lora(read_lora(first), tmp_path / "b.safetensors", "original")
+    assert read_lora(second).metadata["ss_network_alpha"] == "8.0"
+
+
 def _save(path, keys):
     save_file({key: torch.ones(2, 2) for key in keys}, path / "a.safetensors")
     return path

@@ -21,6 +21,7 @@ from torch import Tensor
 from vflora.models.lora_formats.weights import LoraWeights
 
 ARCHITECTURE = "hunyuan-video-1.5/lora"
+_FOLDING_FORMATS = ("diffusers", "original")
 LICENSE_NOTE = (
     "Made for HunyuanVideo-1.5: use is subject to the Tencent Hunyuan Community License "
     "(not valid in the EU, the UK and South Korea)."
@@ -70,6 +71,10 @@ def build_header(
 
 def file_header(weights: LoraWeights, tensors: Mapping[str, Tensor], format: str) -> dict[str, str]:
     """Returns the fields that follow from the weights and the format."""
+    alpha = str(weights.alpha)
+    before = weights.metadata
+    if format in _FOLDING_FORMATS and before.get("vflora.lora_format") in _FOLDING_FORMATS:
+        alpha = before.get("ss_network_alpha", alpha)  # folded into the weights already: keep what it was
     implementation = "diffusers" if format == "diffusers" else "https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5"
     return {
         "modelspec.sai_model_spec": "1.0.0",
@@ -78,7 +83,7 @@ def file_header(weights: LoraWeights, tensors: Mapping[str, Tensor], format: str
         "modelspec.hash_sha256": _payload_hash(tensors),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(weights.rank),
-        "ss_network_alpha": str(weights.alpha),
+        "ss_network_alpha": alpha,
         "vflora.lora_format": format,
     }
 

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -72,3 +74,9 @@ def wds_root(tmp_path: Path) -> Path:
     root = tmp_path / "wds"
     write_data_set(root, {"ada": 2, "bob": 6, "cleo": 12})
     return write_data_set(root, {"ada": 2, "bob": 3, "cleo": 5}, split="val", shards=1)
+
+
+@pytest.fixture
+def kit() -> ModuleType:
+    """The functions above: test modules cannot import from each other in pytest's importlib mode."""
+    return sys.modules[__name__]

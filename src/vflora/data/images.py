@@ -23,6 +23,8 @@ _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 
 # Pillow only warns about a picture of 89 megapixels; nothing in this project wants one.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+# Damaged EXIF data do not make a picture unreadable.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class BadImageError(Exception):

@@ -1,0 +1,238 @@
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+from vflora.cli import parse
+from vflora.errors import NonFiniteError, UserError
+from vflora.models.identity import IdentityEmbedder
+from vflora.models.projection_head import load_head
+from vflora.models.random_weights import small_dinov3_convnext, small_vae
+from vflora.train_head import HeadConfig, run
+
+
+def _rows(folder, part=""):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if any(name.startswith(part) for name in row)]
+
+
+def _losses(folder):
+    return {row["step"]: row["loss"].hex() for row in _rows(folder, "loss")}
+
+
+def _weights(path):
+    return torch.cat([p.flatten() for p in load_head(path).parameters()])
+
+
+def _in_a_process(config):
+    # A forked child has everything imported already, and dying is its own business.
+    process = multiprocessing.get_context("fork").Process(target=run, args=(config,))
+    process.start()
+    return process
+
+
+def _wait_for_step(process, folder, step):
+    deadline = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").is_file() or not any(r["step"] >= step for r in _rows(folder)):
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_head_learns_to_tell_identities_apart(config):
+    folder = run(replace(config, total_steps=60, val_every=60, learning_rate=1e-2, dropout=0.0))
+    losses = [row["loss"] for row in _rows(folder, "loss")]
+    before, after = _rows(folder, "backbone")[0], _rows(folder, "val/")[-1]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:3]) / 3 * 10
+    gap_before = before["backbone/clean/same_mean"] - before["backbone/clean/different_mean"]
+    assert after["val/clean/same_mean"] - after["val/clean/different_mean"] > 10 * gap_before
+
+
+def test_a_run_leaves_heads_metrics_pictures_and_settings(config, model_dir):
+    folder = run(replace(config, logger="tensorboard", save_every=5))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("identity_head.safetensors", "identity_head_last.safetensors", "metrics.jsonl", "config.yaml"),
+        *("checkpoint-5", "checkpoint-10", "validation", "tensorboard"),
+    }
+    assert {p.name for p in (folder / "validation").iterdir()} == {
+        *("backbone.png", "step-000005.png", "step-000010.png")
+    }
+    embedder = IdentityEmbedder.load(model_dir, folder)
+    assert embedder.head.spec.dims == (16, 8)
+    assert embedder.head.spec.backbone == "dinov3_vit dino"
+    assert [row["step"] for row in _rows(folder, "loss")] == list(range(1, 11))
+    best = max(_rows(folder, "val/"), key=lambda row: row["val/map_at_r"])
+    assert torch.equal(_weights(folder / "identity_head_last.safetensors"), _weights(folder / "checkpoint-10"))
+    if best["step"] == 10:
+        assert torch.equal(_weights(folder), _weights(folder / "checkpoint-10"))
+
+
+@pytest.mark.parametrize(("cut", "accumulate"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, cut, accumulate):
+    """With two data workers before the cut, and none after it and in the run that is never cut."""
+    config = replace(config, total_steps=18, val_every=9, grad_accum=accumulate, augment_flip=0.5)
+    whole = run(replace(config, output_dir=tmp_path / "whole"))
+    process = _in_a_process(replace(config, num_workers=2))
+    _wait_for_step(process, config.output_dir, 9)
+    os.kill(process.pid, cut)
+    process.join(60)
+    assert process.exitcode == (-signal.SIGKILL if cut == signal.SIGKILL else 0)
+    reached = max(int(p.name.rsplit("-")[1]) for p in config.output_dir.glob("checkpoint-*"))
+    assert 8 <= reached < 18
+    resumed = run(replace(config, resume_from_checkpoint="latest"))
+    assert _losses(resumed) == _losses(whole)
+    assert len(_losses(whole)) == 18
+    for name in ("identity_head.safetensors", "identity_head_last.safetensors"):
+        assert torch.equal(_weights(resumed / name), _weights(whole / name))
+    without_time = [{k: v for k, v in row.items() if "seconds" not in k} for row in _rows(resumed)]
+    assert without_time == [{k: v for k, v in row.items() if "seconds" not in k} for row in _rows(whole)]
+
+
+def _one_of_two(rank, port, config):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    run(config)
+
+
+def test_two_processes_learn_what_one_learns_on_both_their_batches(config, tmp_path):
+    one = run(replace(config, output_dir=tmp_path / "one", pk_identities=4))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    halves = replace(config, output_dir=tmp_path / "two", pk_identities=2)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_one_of_two, args=(rank, port, halves)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [0, 0]
+    alone, together = ([row["loss"] for row in _rows(folder, "loss")] for folder in (one, tmp_path / "two"))
+    assert together == pytest.approx(alone, rel=1e-4)
+    head = "identity_head_last.safetensors"
+    assert torch.allclose(_weights(one / head), _weights(tmp_path / "two" / head), atol=1e-5)
+
+
+def test_with_a_vae_pictures_take_the_round_trip(config, tmp_path):
+    small_vae().save_pretrained(tmp_path / "pipeline" / "vae")
+    trip = replace(config, total_steps=2, augment_vae=1.0, augment_vae_side=32, val_every=0)
+    plain = _losses(run(trip))
+    through = _losses(run(replace(trip, pipeline_dir=tmp_path / "pipeline", output_dir=tmp_path / "through")))
+    assert plain[1] != through[1]
+
+
+def test_a_convnext_backbone_serves_as_well(config, tmp_path):
+    small_dinov3_convnext().save_pretrained(tmp_path / "convnext")
+    convnext = replace(config, model_dir=tmp_path / "convnext", total_steps=2, val_every=0, model_dtype="bf16")
+    folder = run(convnext)
+    assert load_head(folder).spec.backbone == "dinov3_convnext convnext"
+    assert torch.equal(_weights(folder), _weights(folder / "checkpoint-2"))
+
+
+def test_a_finished_run_resumes_to_nothing(config):
+    folder = run(replace(config, total_steps=4))
+    before = (folder / "metrics.jsonl").read_text()
+    assert run(replace(config, total_steps=4, resume_from_checkpoint="latest")) == folder
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(config):
+    with pytest.raises(NonFiniteError, match="in step 2;"):
+        run(replace(config, learning_rate=1e37, no_layernorm=True, val_every=0))
+    assert not list(config.output_dir.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"pk_identities": 7}, r"--pk-identities 7.*6 identities.*use 2 to 6"),
+        ({"pk_instances": 7}, "0 identities with 7 or more pictures.*lower --pk-instances"),
+        ({"id_key": "number"}, "no column 'number'.*--id-key"),
+        ({"train_shards": "x-*.tar"}, "no shards"),
+        ({"model_dir": Path("nowhere")}, "hf download"),
+        ({"vae_dir": Path("nowhere")}, "no VAE.*hf download"),
+        ({"resume_from_checkpoint": "latest"}, "holds no checkpoint"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_leaves_nothing_behind(options, changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(HeadConfig(**options | changed))
+    assert not options["output_dir"].exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pk_identities": 1},
+        {"pk_instances": 1},
+        {"grad_accum": 0},
+        {"learning_rate": 0},
+        {"temperature": 0},
+        {"warmup_ratio": 2},
+        {"val_every": -1},
+    ],
+)
+def test_settings_out_of_range_name_their_flag(options, changed):
+    with pytest.raises(UserError, match=f"--{next(iter(changed))}"):
+        HeadConfig(**options | changed)
+
+
+def test_the_command_of_the_description_is_understood():
+    words = [
+        *("--model-dir", "/m", "--wds-root", "/w", "--output-dir", "/o", "--id-key", "identity_id"),
+        *("--train-shards", "train-*.tar", "--val-shards", "val-*.tar", "--proj-dims", "512", "256"),
+        *("--pk-identities", "32", "--pk-instances", "2", "--total-steps", "4000", "--val-every", "250"),
+        *("--save-every", "250", "--model-dtype", "bf16", "--no-layernorm"),
+    ]
+    config = parse("train-head", words)
+    assert (config.proj_dims, config.pk_identities, config.pk_instances) == ([512, 256], 32, 2)
+    assert (config.total_steps, config.val_every, config.save_every) == (4000, 250, 250)
+    assert not config.layernorm
+
+
+def test_defaults_are_the_reference_s():
+    expected = {
+        "train_manifest": "manifest/train_manifest.csv",
+        "val_manifest": "manifest/val_manifest.csv",
+        "train_shards": "train-*.tar",
+        "val_shards": "val-*.tar",
+        "shuffle_buffer": 4096,
+        "pk_identities": 16,
+        "pk_instances": 4,
+        "max_per_identity": 16,
+        "total_steps": 10000,
+        "grad_accum": 1,
+        "learning_rate": 0.0005,
+        "weight_decay": 0.01,
+        "warmup_ratio": 0.05,
+        "temperature": 0.1,
+        "dropout": 0.1,
+        "activation": "gelu",
+        "use_layernorm": True,
+        "no_layernorm": False,
+        "proj_dims": [512, 256],
+        "val_batches": 4,
+        "val_every": 1000,
+        "log_every": 25,
+        "save_every": 500,
+        "seed": 1337,
+        "model_dtype": "bf16",
+        "crop_ratio": 0.9,
+        "crop_jitter": 0.06,
+        "val_crop": False,
+    }
+    required = ["--model_dir=m", "--wds_root=w", "--output_dir=o", "--id_key=identity_id"]
+    config = parse("train-head", required)
+    found = {f.name: getattr(config, f.name) for f in fields(config) if f.name in expected}
+    assert {k: v if not hasattr(v, "as_posix") else v.as_posix() for k, v in found.items()} == expected

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from diffusers import HunyuanVideo15Transformer3DModel
 from safetensors.torch import load_file, save_file
 
 from vflora.errors import UserError
@@ -14,9 +15,10 @@ from vflora.models.original_layout import (
     is_original_layout,
     load_original_transformer,
     load_original_vae,
+    transformer_settings,
     transformer_versions,
 )
-from vflora.models.random_original import write_small_original
+from vflora.models.random_original import original_transformer_state, write_small_original
 from vflora.models.random_weights import small_transformer
 
 BLOCK_KEYS = [
@@ -240,6 +242,17 @@ def test_loading_converts_one_tensor_at_a_time(original, monkeypatch):
     load_original_transformer(original[0], "480p_i2v", torch.bfloat16, "cpu")
     assert len(live) > 50
     assert max(live) <= 1
+
+
+def test_the_full_model_is_recognised_from_its_shapes():
+    with torch.device("meta"):
+        full = HunyuanVideo15Transformer3DModel()
+        state = original_transformer_state(full.state_dict())
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    stored = {"ideal_resolution": "480p", "ideal_task": "i2v", "rope_dim_list": [16, 56, 56], "rope_theta": 256}
+    for config in (stored, {}):
+        settings = transformer_settings(shapes, config, "480p_i2v")
+        assert settings == {key: full.config[key] for key in settings}
 
 
 def test_a_small_transformer_is_what_the_fixture_says(original):

@@ -1,6 +1,11 @@
+import re
+
 import pytest
+import torch
+from diffusers import HunyuanVideo15Transformer3DModel
 
 from vflora.models import original_names as names
+from vflora.models.lora import target_pattern
 from vflora.models.random_weights import small_transformer
 
 
@@ -14,6 +19,15 @@ def test_every_module_of_the_transformer_has_one_original_name():
     assert None not in places.values()
     for module, (name, row) in places.items():
         assert names.ORIGINAL.modules(name)[row] == module
+
+
+def test_every_default_target_of_the_full_model_has_a_name_in_every_program():
+    with torch.device("meta"):
+        full = HunyuanVideo15Transformer3DModel()
+    targets = [name for name, _ in full.named_modules() if re.fullmatch(target_pattern(None), name)]
+    assert len(targets) == 543
+    for naming in (names.ORIGINAL, names.KOHYA, names.COMFYUI):
+        assert len({naming.place(name) for name in targets} - {None}) == 543
 
 
 def test_the_full_model_has_as_many_names_as_the_published_weights():

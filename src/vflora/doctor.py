@@ -1,0 +1,152 @@
+"""`vflora doctor`: what is missing on this machine before a run can start."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import av
+import psutil  # comes with accelerate
+import torch
+
+from vflora.errors import UserError
+from vflora.model_check import check_dino, check_pipeline
+from vflora.models.projection_head import load_head
+
+log = logging.getLogger(__name__)
+
+_TRAIN_GIB = 56.0
+_TRAIN_HALF_GIB = 30.0
+_GENERATE_GIB = 14.0
+_ENCODERS_GIB = 18.0
+_RUN_GB = 10.0
+_MARKS = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: a problem stops a run, a warning may slow or limit it.
+        what: what was found, and what to do about it.
+    """
+
+    level: Literal["ok", "warning", "problem"]
+    what: str
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What to look at; everything left out is skipped, with a word about it."""
+
+    pipeline_dir: str | None = None
+    """Folder or hub name of the pipeline, diffusers or original layout."""
+    transformer_version: str = "480p_i2v"
+    """Transformer of the original layout that you want to use."""
+    dino_model_dir: str | None = None
+    """Folder of the DINOv3 backbone."""
+    dino_head_path: str | None = None
+    """Projection head for it."""
+    output_dir: Path = Path("outputs")
+    """Folder that runs will write to."""
+
+
+def run(config: DoctorConfig) -> int:
+    """Looks at everything and reports it.
+
+    Returns:
+        1 if something would stop a run, else 0.
+    """
+    findings = list(examine(config))
+    for finding in findings:
+        log.info("%s  %s", _MARKS[finding.level], finding.what)
+    problems = sum(finding.level == "problem" for finding in findings)
+    log.info("%s", f"{problems} to fix before training" if problems else "this machine can train")
+    return int(problems > 0)
+
+
+def examine(config: DoctorConfig) -> Iterator[Finding]:
+    """Yields what was found, part by part."""
+    yield check_accelerator()
+    yield _memory()
+    yield _disk(config.output_dir)
+    yield _video_encoder()
+    if config.pipeline_dir is None:
+        yield Finding("warning", "model: not looked at; give --pipeline_dir")
+    else:
+        yield _attempt("model", lambda: check_pipeline(str(config.pipeline_dir), config.transformer_version))
+    if config.dino_model_dir is None:
+        yield Finding("warning", "DINOv3: not looked at; give --dino_model_dir")
+    else:
+        yield _attempt("DINOv3", lambda: check_dino(str(config.dino_model_dir)))
+    if config.dino_head_path is None:
+        yield Finding("warning", "identity head: not looked at; give --dino_head_path")
+    else:
+        yield _attempt("identity head", lambda: _head(str(config.dino_head_path)))
+
+
+def check_accelerator() -> Finding:
+    """Compares the accelerator's memory with the measured needs at 480x848 and 17 frames."""
+    if not torch.cuda.is_available():
+        return Finding("problem", "accelerator: none that torch can use; only small models train without one")
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    free, total = (value / 2**30 for value in torch.cuda.mem_get_info(index))
+    name = f"accelerator: {properties.name}, {free:.0f} of {total:.0f} GiB free"
+    if not torch.cuda.is_bf16_supported():
+        return Finding("problem", f"{name}, but it has no bf16, which the model is trained in")
+    return judge_memory(name, free)
+
+
+def judge_memory(name: str, free_gib: float) -> Finding:
+    """Says what fits into `free_gib`."""
+    if free_gib >= _TRAIN_GIB:
+        return Finding("ok", f"{name}: enough to train with full-size identity decoding")
+    if free_gib >= _TRAIN_HALF_GIB:
+        return Finding("warning", f"{name}: train with --id_decode_downsample_mode area")
+    if free_gib >= _GENERATE_GIB:
+        return Finding(
+            "problem", f"{name}: enough to generate; training needs {_TRAIN_HALF_GIB:.0f} GiB, or offloading"
+        )
+    return Finding("problem", f"{name}: generating needs {_GENERATE_GIB:.0f} GiB, training {_TRAIN_HALF_GIB:.0f}")
+
+
+def _memory() -> Finding:
+    free = psutil.virtual_memory().available / 2**30
+    if free < _ENCODERS_GIB:
+        return Finding(
+            "warning", f"main memory: {free:.0f} GiB free; the text and image encoders take {_ENCODERS_GIB:.0f}"
+        )
+    return Finding("ok", f"main memory: {free:.0f} GiB free")
+
+
+def _disk(folder: Path) -> Finding:
+    there = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    if free < _RUN_GB:
+        return Finding("problem", f"disk: {free:.1f} GB free at {there}; a run with checkpoints wants {_RUN_GB:.0f}")
+    return Finding("ok", f"disk: {free:.0f} GB free at {there}")
+
+
+def _video_encoder() -> Finding:
+    if "libx264" not in av.codecs_available:
+        return Finding("problem", "video: this PyAV has no libx264; run `pip install --force-reinstall av`")
+    return Finding("ok", "video: libx264 is there")
+
+
+def _head(path: str) -> str:
+    spec = load_head(path).spec
+    trained_on = f", trained on {spec.backbone}" if spec.backbone else ""
+    return f"{path} turns {spec.in_width} features into {spec.dims[-1]}{trained_on}"
+
+
+def _attempt(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding("ok", f"{name}: {check()}")
+    except UserError as error:
+        return Finding("problem", f"{name}: {error}")

@@ -163,6 +163,41 @@ def test_comfyui_and_kohya_take_alpha_from_tensors_and_ignore_the_header(tmp_pat
     assert read_lora(tmp_path).modules["transformer_blocks.0.attn.to_out.0"].scale == scale
 
 
+def _comfyui_weights(state):
+    """The fused weights ComfyUI holds, spelled out here independently of the package's tables."""
+    fused = {}
+    for i in range(2):
+        here, there = f"transformer_blocks.{i}.", f"double_blocks.{i}."
+        for stream, parts in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+            fused[f"{there}{stream}_attn.qkv"] = torch.cat([state[f"{here}attn.{part}.weight"] for part in parts])
+        fused[f"{there}img_attn.proj"] = state[f"{here}attn.to_out.0.weight"]
+        fused[f"{there}txt_attn.proj"] = state[f"{here}attn.to_add_out.weight"]
+        fused[f"{there}img_mod.lin"] = state[f"{here}norm1.linear.weight"]
+        fused[f"{there}txt_mod.lin"] = state[f"{here}norm1_context.linear.weight"]
+    refiner = "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1"
+    fused[refiner] = state[f"{REFINER}norm_out.linear.weight"]
+    scale, shift = state["norm_out.linear.weight"].chunk(2)
+    fused["final_layer.adaLN_modulation.1"] = torch.cat([shift, scale])
+    return fused
+
+
+def test_merging_in_comfyui_equals_merging_in_diffusers(tmp_path):
+    """ComfyUI's rule: weight + alpha / rank * up @ down, by the name of the fused module."""
+    base = {key: value.double() for key, value in small_transformer().state_dict().items()}
+    weights = from_transformer(_adapted(rank_pattern={r"^transformer_blocks\.0\.attn\.to_k": 2}))
+    merged = dict(base)
+    for name, update in weights.modules.items():
+        merged[f"{name}.weight"] = base[f"{name}.weight"] + update.delta()
+    expected = _comfyui_weights(merged)
+    file = load_file(write_lora(weights, tmp_path / "a.safetensors", "comfyui"))
+    for name, weight in _comfyui_weights(base).items():
+        key = f"diffusion_model.{name}"
+        down, up = (file.pop(f"{key}.lora_{side}.weight").double() for side in ("down", "up"))
+        weight = weight + file.pop(f"{key}.alpha").item() / down.shape[0] * up @ down
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+    assert not file  # every tensor found its module
+
+
 def test_comfyui_export_is_what_comfyui_matches():
     tensors, _ = to_state_dict(from_transformer(_adapted()), "comfyui")
     base = "diffusion_model.double_blocks.1.img_attn.qkv"

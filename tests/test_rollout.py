@@ -1,0 +1,95 @@
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from vflora.config import RolloutConfig
+from vflora.flow import clean_estimate, euler_step, sampling_sigmas
+from vflora.models.denoiser import Denoiser
+from vflora.rollout import deep_index, harvest_indices, points_for_block, rollout
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(25, 5.0), (50, 7.0), (6, 1.0)])
+def test_schedule_equals_the_schedulers(steps, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist())
+    torch.testing.assert_close(sampling_sigmas(steps, shift), scheduler.sigmas.float(), rtol=0, atol=2e-7)
+
+
+def test_rollout_equals_the_schedulers_steps(transformer, make_conditions):
+    sigmas, conditions = sampling_sigmas(6, 5.0), make_conditions()
+    denoiser = Denoiser(transformer)
+    noise = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    with denoiser.teacher():
+        trajectory = rollout(denoiser, conditions, noise, sigmas, 6)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 0, 7)[:-1].tolist())
+        latents = noise
+        for index, timestep in enumerate(scheduler.timesteps):
+            torch.testing.assert_close(trajectory.latents[index], latents, rtol=1e-5, atol=1e-5)
+            velocity = denoiser.velocity(latents, timestep.item() / 1000, conditions)
+            latents = scheduler.step(velocity, timestep, latents).prev_sample
+    last = trajectory.point(5)
+    torch.testing.assert_close(
+        clean_estimate(last.latents, last.sigma, last.teacher_velocity), latents, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_guidance_moves_the_states_along_the_guided_velocity_and_keeps_the_conditional_one(
+    transformer, make_conditions
+):
+    sigmas, conditions, blank = sampling_sigmas(4, 5.0), make_conditions(), make_conditions((3,), seed=1)
+    denoiser = Denoiser(transformer)
+    noise = torch.randn(1, 4, 2, 4, 4)
+    with denoiser.teacher():
+        trajectory = rollout(denoiser, conditions, noise, sigmas, 2, guidance_scale=3.0, unconditional=blank)
+        conditional = denoiser.velocity(noise, 1.0, conditions)
+        unconditional = denoiser.velocity(noise, 1.0, blank)
+    assert torch.equal(trajectory.velocities[0], conditional)
+    guided = unconditional + 3 * (conditional - unconditional)
+    torch.testing.assert_close(trajectory.latents[1], euler_step(noise, guided, 1.0, sigmas[1].item()))
+
+
+def test_a_point_beyond_the_rollout_is_refused(transformer, make_conditions):
+    denoiser = Denoiser(transformer)
+    with denoiser.teacher():
+        trajectory = rollout(denoiser, make_conditions(), torch.randn(1, 4, 2, 4, 4), sampling_sigmas(6, 5.0), 2)
+    with pytest.raises(IndexError, match="points 0 to 1, not 2"):
+        trajectory.point(2)
+
+
+def test_deepest_point_stays_in_its_band_and_reaches_both_ends():
+    config = RolloutConfig()
+    drawn = {deep_index(config, 42, step) for step in range(300)}
+    assert drawn == set(range(15, 22))
+
+
+@pytest.mark.parametrize("scheme", ["bracket", "random"])
+def test_harvested_points_are_distinct_and_noisier_than_the_deepest(scheme):
+    # Defect 6 of the reference: the deepest point was harvested too, and the student ran twice on it.
+    config = RolloutConfig(harvest_scheme=scheme, harvest_count=4)
+    for step in range(100):
+        deep = deep_index(config, 42, step)
+        indices = harvest_indices(config, deep, 42, step)
+        assert len(set(indices)) == 4
+        assert indices == sorted(indices)
+        assert max(indices) < deep
+
+
+def test_bracketed_points_lie_near_a_half_and_a_quarter():
+    config = RolloutConfig()
+    for step in range(100):
+        quarter, half = harvest_indices(config, 21, 42, step)
+        assert abs(quarter - 6.25) <= 2
+        assert abs(half - 12.5) <= 2
+
+
+def test_harvests_differ_from_step_to_step():
+    config = RolloutConfig()
+    assert len({tuple(harvest_indices(config, 20, 42, step)) for step in range(50)}) > 3
+
+
+def test_one_rollout_reaches_far_enough_for_every_step_it_serves():
+    config = RolloutConfig(trajectory_reuse=4)
+    for first in range(0, 40, 4):
+        deepest = max(deep_index(config, 1, step) for step in range(first, first + 4))
+        assert {points_for_block(config, 1, step) for step in range(first, first + 4)} == {deepest + 1}

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+
+from vflora.data.sources import Source, read_sources
+from vflora.errors import UserError
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def test_a_folder_per_character_however_deep_and_whatever_the_case(tmp_path):
+    deep = touch(tmp_path / "Mega_Rayquaza/web/more/1.JPG")
+    flat = touch(tmp_path / "bob/2.webp")
+    touch(tmp_path / "bob/.hidden/3.png")
+    touch(tmp_path / ".cache/4.png")
+    assert read_sources(tmp_path, "species") == [Source("bob", flat), Source("mega rayquaza", deep)]
+
+
+def test_a_table_with_either_name_for_the_character(tmp_path):
+    table = tmp_path / "t.csv"
+    for column in ("character", "species"):
+        table.write_text(f"\ufeffpath,{column}\na/1.png, Ada \na/1.png,ada\n", encoding="utf-8")
+        assert read_sources(table, "species") == [Source("ada", tmp_path / "a/1.png")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", b"path,name\na.png,ada\n", "Line 2 of .*t.csv lacks text for 'path' or for 'character'"),
+        ("t.csv", b"path,character\n,ada\n", "Line 2"),
+        ("t.csv", b"path,character\na.png\n", "Line 2"),
+        ("t.csv", b"\xff\xfe\x00\x81", "not a CSV file in UTF-8"),
+        ("t.jsonl", b'{"path": "a.png", "character": 3}\n', "Line 1"),
+        ("t.jsonl", b'{"path": "a.png", "character": "ada"}\nnonsense\n', "Line 2 .* is not JSON"),
+        ("t.jsonl", b'["a.png"]\n', "not a JSON object"),
+        ("t.jsonl", b"", "no jpg, jpeg, png, webp pictures"),
+        ("t.xlsx", b"", "neither a folder nor"),
+    ],
+)
+def test_unusable_tables(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        read_sources(tmp_path / name, "species")
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="no folder or table"):
+        read_sources(tmp_path / "nowhere", "species")
+    with pytest.raises(UserError, match="one folder per character"):
+        read_sources(tmp_path, "species")
+
+
+def test_a_picture_outside_the_characters_folders(tmp_path):
+    touch(tmp_path / "lost.png")
+    with pytest.raises(UserError, match="lost.png lies in no character's folder"):
+        read_sources(tmp_path, "species")

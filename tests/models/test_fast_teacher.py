@@ -3,14 +3,19 @@
 import pytest
 import torch
 
+from vflora.config import RolloutConfig
 from vflora.flow import sampling_sigmas
 from vflora.models.denoiser import Denoiser
-from vflora.models.fast_teacher import FastTeacher
+from vflora.models.fast_teacher import FastTeacher, harvested_sigmas
 from vflora.models.lora import add_lora
 from vflora.models.precision import Fp8Switch, quantize_blocks
-from vflora.rollout import rollout
+from vflora.rollout import deep_index, harvest_indices, rollout
 
 STEPS = 8
+
+
+def nowhere(rollout):
+    return ()
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def relative(value, expected):
 
 
 def test_without_float8_and_skipping_it_is_the_plain_rollout(setting):
-    teacher = FastTeacher(setting[0], (), switch=Fp8Switch())
+    teacher = FastTeacher(setting[0], nowhere, switch=Fp8Switch())
     assert torch.equal(roll(teacher, setting).latents, roll(setting[0], setting).latents)
 
 
@@ -40,7 +45,8 @@ def test_without_float8_and_skipping_it_is_the_plain_rollout(setting):
 def test_harvested_predictions_are_exact_at_the_states_reached(setting, stride):
     denoiser, switch, conditions, _, sigmas = setting
     harvested = [2, 5, 7]
-    teacher = FastTeacher(denoiser, [sigmas[i].item() for i in harvested], switch=switch, stride=stride)
+    teacher = FastTeacher(denoiser, lambda n: [sigmas[i].item() for i in harvested], switch=switch, stride=stride)
+    roll(teacher, setting, points=3)
     trajectory = roll(teacher, setting)
     with denoiser.teacher():
         for index in range(STEPS):
@@ -50,7 +56,7 @@ def test_harvested_predictions_are_exact_at_the_states_reached(setting, stride):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_states_stay_close_to_those_of_the_plain_rollout(setting, stride):
-    fast = roll(FastTeacher(setting[0], (), switch=setting[1], stride=stride), setting)
+    fast = roll(FastTeacher(setting[0], nowhere, switch=setting[1], stride=stride), setting)
     plain = roll(setting[0], setting)
     assert 0 < relative(fast.latents[-1], plain.latents[-1]) < 0.05
 
@@ -59,7 +65,7 @@ def test_skipping_calls_the_model_less_often(setting, monkeypatch):
     denoiser, switch, *_ = setting
     calls, velocity = [], denoiser.velocity
     monkeypatch.setattr(denoiser, "velocity", lambda *a, **k: calls.append(a[1]) or velocity(*a, **k))
-    roll(FastTeacher(denoiser, (), switch=switch, stride=2), setting)
+    roll(FastTeacher(denoiser, nowhere, switch=switch, stride=2), setting)
     assert len(calls) == 5  # points 0, 1, 3, 5, 7
 
 
@@ -68,7 +74,27 @@ def test_extrapolation_is_exact_for_a_velocity_that_is_linear_in_sigma(setting):
         def velocity(self, latents, sigma, conditions, *, next_sigma=None):
             return (2 + 3 * sigma) * torch.ones_like(latents)
 
-    teacher = FastTeacher(LinearField(), (), switch=Fp8Switch(), stride=3)
+    teacher = FastTeacher(LinearField(), nowhere, switch=Fp8Switch(), stride=3)
     for index, sigma in enumerate(setting[4][:STEPS].tolist()):
         velocity = teacher.velocity(torch.zeros(1, 4, 2, 4, 4), sigma, setting[2])
         assert torch.allclose(velocity, torch.full_like(velocity, 2 + 3 * sigma), atol=1e-5), index
+
+
+def test_rollouts_are_counted_and_each_is_exact_at_its_own_points(setting):
+    denoiser, switch, conditions, _, sigmas = setting
+    plans = [{sigmas[3].item()}, {sigmas[6].item()}]
+    teacher = FastTeacher(denoiser, plans.__getitem__, switch=switch)
+    for plan in plans:
+        trajectory = roll(teacher, setting)
+        with denoiser.teacher():
+            for index, sigma in enumerate(sigmas[:STEPS].tolist()):
+                exact = denoiser.velocity(trajectory.latents[index], sigma, conditions)
+                assert torch.equal(trajectory.velocities[index], exact) == (sigma in plan)
+
+
+def test_all_steps_that_share_a_rollout_find_their_points_exact():
+    config, sigmas = RolloutConfig(trajectory_reuse=3), sampling_sigmas(25, 5.0)
+    exact = harvested_sigmas(config, 7, 2, sigmas)
+    for step in (6, 7, 8):
+        deep = deep_index(config, 7, step)
+        assert {sigmas[i].item() for i in [deep, *harvest_indices(config, deep, 7, step)]} <= exact

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from vflora.config import RolloutConfig
 from vflora.models.denoiser import Denoiser
 from vflora.models.precision import Fp8Switch
+from vflora.rollout import deep_index, harvest_indices
 from vflora.types import Conditions
 
 
+def harvested_sigmas(config: RolloutConfig, seed: int, block: int, sigmas: Tensor) -> frozenset[float]:
+    """Returns the noise levels at which any of the steps that share rollout `block` will look at it.
+
+    Args:
+        config: of the rollouts.
+        seed: of the run.
+        block: number of the rollout, counted over the run: step // trajectory_reuse.
+        sigmas: the schedule [S + 1].
+    """
+    first = block * config.trajectory_reuse
+    wanted: set[int] = set()
+    for step in range(first, first + config.trajectory_reuse):
+        deep = deep_index(config, seed, step)
+        wanted |= {deep, *harvest_indices(config, deep, seed, step)}
+    return frozenset(sigmas[index].item() for index in wanted)
+
+
 class FastTeacher:
-    """Stands in for the denoiser in one rollout.
+    """Stands in for the denoiser where rollouts are made.
 
     At the noise levels that are harvested it asks the denoiser, in full precision. Between them it may multiply in
     float8, and it may skip points: a skipped velocity is extrapolated from the two computed before it, linearly in
@@ -20,34 +41,53 @@ class FastTeacher:
     the harvest visits then differ a little from those of the plain rollout; the predictions there do not.
     """
 
-    def __init__(self, denoiser: Denoiser, exact_sigmas: Collection[float], *, switch: Fp8Switch, stride: int = 1):
-        """Makes a teacher for one rollout from noise downwards.
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        exact_sigmas: Callable[[int], Collection[float]],
+        *,
+        switch: Fp8Switch,
+        stride: int = 1,
+    ):
+        """Takes the model; a new rollout is one that starts at a higher noise level than the last call had.
 
         Args:
             denoiser: the model.
-            exact_sigmas: noise levels that will be harvested, as the schedule has them.
+            exact_sigmas: the noise levels to be harvested from rollout 0, 1, 2, ... as this object counts them.
             switch: of the denoiser's layers, from `quantize_blocks`; one that no layer has changes nothing.
             stride: compute only every so many points between harvested ones; 1 computes all.
         """
-        self._denoiser, self._exact = denoiser, frozenset(exact_sigmas)
+        self._denoiser, self._exact_sigmas = denoiser, exact_sigmas
         self._switch, self._stride = switch, stride
+        self._rollouts, self._last = 0, -math.inf
+        self._exact: Collection[float] = ()
         self._computed: list[tuple[float, Tensor]] = []
         self._skipped = 0
+
+    def teacher(self) -> AbstractContextManager[None]:
+        """As `Denoiser.teacher`."""
+        return self._denoiser.teacher()
 
     def velocity(
         self, latents: Tensor, sigma: float, conditions: Conditions, *, next_sigma: float | None = None
     ) -> Tensor:
         """Returns the velocity [B, C, T, H, W], fp32; arguments as for `Denoiser.velocity`."""
+        if sigma > self._last:
+            self._exact = self._exact_sigmas(self._rollouts)
+            self._rollouts += 1
+            self._computed, self._skipped = [], 0
+        repeated, self._last = sigma == self._last, sigma
         if sigma in self._exact:
             velocity = self._denoiser.velocity(latents, sigma, conditions, next_sigma=next_sigma)
-        elif len(self._computed) == 2 and self._skipped < self._stride - 1:
+        elif len(self._computed) == 2 and self._skipped < self._stride - 1 and not repeated:
             self._skipped += 1
             return self._extrapolated(sigma)
         else:
             with self._switch.turned_on():
                 velocity = self._denoiser.velocity(latents, sigma, conditions, next_sigma=next_sigma)
-        self._computed = [*self._computed[-1:], (sigma, velocity)]
-        self._skipped = 0
+        if not repeated:  # the second call at a noise level is guidance's, for the blank prompt
+            self._computed = [*self._computed[-1:], (sigma, velocity)]
+            self._skipped = 0
         return velocity
 
     def _extrapolated(self, sigma: float) -> Tensor:

@@ -1,0 +1,73 @@
+"""Which blocks keep their activations for the backward pass, and which compute them again."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+logger = logging.getLogger(__name__)
+
+Recompute = Literal["auto", "true", "false"]
+_MARGIN = 0.08
+"""Part of the accelerator's memory that is left alone, for fragments and for longer prompts."""
+
+
+class BlockRecompute:
+    """Recomputes the first blocks of a transformer and keeps the activations of the last ones.
+
+    The result is the same whatever is kept. With `auto` the first optimizer step recomputes everything but one
+    block, which shows what a block costs and how much memory the rest of a step needs; from then on as many blocks
+    are kept as the remaining memory holds. On devices that cannot tell, everything is recomputed.
+    """
+
+    def __init__(self, transformer: HunyuanVideo15Transformer3DModel, mode: Recompute):
+        """Takes over the transformer's gradient checkpointing, in place."""
+        self._order = {id(block): i for i, block in enumerate(transformer.transformer_blocks)}
+        self._undecided = mode == "auto"
+        self._block_bytes = 0
+        self.kept = len(self._order) if mode == "false" else 0
+        if mode == "false":
+            transformer.disable_gradient_checkpointing()
+        else:
+            transformer.enable_gradient_checkpointing(self._run)
+
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        place = self._order.get(id(block))
+        if place is None:  # the text refiner's blocks
+            return checkpoint(block.__call__, *args, use_reentrant=False)
+        if self._undecided and place == len(self._order) - 1 and _on_cuda(args):
+            before = torch.cuda.memory_allocated()
+            out = block(*args)
+            self._block_bytes = max(self._block_bytes, torch.cuda.memory_allocated() - before)
+            return out
+        if place >= len(self._order) - self.kept:
+            return block(*args)
+        return checkpoint(block.__call__, *args, use_reentrant=False)
+
+    def end_step(self) -> None:
+        """Tells that an optimizer step is over; after the first one, `auto` decides."""
+        if not self._undecided:
+            return
+        self._undecided = False
+        if self._block_bytes == 0:
+            return
+        free, _ = torch.cuda.mem_get_info()
+        ours = free + torch.cuda.memory_reserved()
+        spare = ours * (1 - _MARGIN) - torch.cuda.max_memory_allocated()
+        self.kept = max(0, min(len(self._order), 1 + int(spare / self._block_bytes)))
+        logger.info(
+            "gradient checkpointing: %d of %d blocks keep their activations (%.2f GiB a block, %.1f GiB were free)",
+            self.kept,
+            len(self._order),
+            self._block_bytes / 2**30,
+            spare / 2**30,
+        )
+
+
+def _on_cuda(args: tuple[Any, ...]) -> bool:
+    return isinstance(args[0], torch.Tensor) and args[0].is_cuda

@@ -1,0 +1,178 @@
+"""Time and memory of a training step: every switch in one place, and what it does to the frozen transformer.
+
+The defaults change no result beyond the order of floating-point sums. Whatever approximates says so in its help
+text, and `vflora bench accuracy` prints how far it is from the exact step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch._dynamo
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.transformers.transformer_hunyuan_video15 import (
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideo15TransformerBlock,
+)
+from torch import nn
+
+from vflora.config import require
+from vflora.models.denoiser import Denoiser
+from vflora.models.fast_teacher import FastTeacher
+from vflora.models.offload import BlockOffload
+from vflora.models.precision import Fp8Switch, check_fp8, quantize_blocks
+from vflora.models.recompute import BlockRecompute, Recompute
+
+logger = logging.getLogger(__name__)
+
+_RECOMPILE_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Time and memory."""
+
+    compile: bool = False
+    """Compile the transformer's blocks, one by one: about a minute at the start, then a third less time a step."""
+    attention_backend: Literal["native", "cudnn"] = "native"
+    """Attention kernel of the transformer's blocks: PyTorch's choice, or cuDNN's, which is faster on Hopper."""
+    enable_gradient_checkpointing: Recompute = "auto"
+    """Compute activations again in the backward pass: true, false, or auto, which recomputes what does not fit."""
+    rollout_precision: Literal["full", "fp8"] = "full"
+    """fp8 multiplies in float8 between harvested points of a rollout; approximates the states, not the targets."""
+    rollout_stride: int = 1
+    """Compute only every so many points between harvested ones and extrapolate the rest; above 1 approximates."""
+    weight_storage: Literal["full", "int8", "fp8"] = "full"
+    """Keep the frozen weights of the blocks in 8 bits, half the memory; approximates the base model."""
+    block_offload: bool = False
+    """Keep the frozen weights in main memory and bring in block by block: exact, about 16 GiB less on the GPU."""
+    id_decode_recompute: bool = True
+    """Compute the decoder's activations again in the backward pass of the identity loss; false is faster."""
+    id_decode_tile: int | None = None
+    """Decode in tiles with sides of so many pixels, one at a time: the same result with the least memory."""
+
+    def __post_init__(self) -> None:
+        require(self.rollout_stride >= 1, "--rollout_stride must be at least 1.")
+        require(
+            self.id_decode_tile is None or self.id_decode_tile >= 32,
+            "--id_decode_tile must be at least 32 pixels.",
+        )
+        require(
+            not (self.block_offload and self.enable_gradient_checkpointing == "false"),
+            "--block_offload needs the blocks recomputed: drop --enable_gradient_checkpointing false.",
+        )
+        require(
+            not (self.rollout_precision == "fp8" and self.weight_storage == "int8"),
+            "--rollout_precision fp8 cannot multiply int8 weights: use --weight_storage fp8 or full.",
+        )
+
+
+@dataclass
+class Acceleration:
+    """What `accelerate` set up and the training loop keeps talking to."""
+
+    config: SpeedConfig
+    switch: Fp8Switch
+    recompute: BlockRecompute
+
+    def teacher(self, denoiser: Denoiser, exact_sigmas: Callable[[int], Collection[float]]) -> Denoiser | FastTeacher:
+        """Returns who leads the rollouts; `exact_sigmas` says what will be harvested from each, by its number."""
+        if self.config.rollout_precision == "full" and self.config.rollout_stride == 1:
+            return denoiser
+        return FastTeacher(denoiser, exact_sigmas, switch=self.switch, stride=self.config.rollout_stride)
+
+    def end_step(self) -> None:
+        """Tells that an optimizer step is over."""
+        self.recompute.end_step()
+
+
+def accelerate(
+    transformer: HunyuanVideo15Transformer3DModel, config: SpeedConfig, device: torch.device
+) -> Acceleration:
+    """Places the transformer on `device` and sets it up as `config` says, in place.
+
+    Call it after the LoRA has been added and the dense attention set. With 8-bit storage or block offload the
+    transformer may come from main memory and never is on the device as a whole.
+
+    Raises:
+        UserError: if the device lacks what an option needs.
+    """
+    require(
+        not (config.compile and device.type == "cpu"),
+        "--compile is for GPUs: on CPUs, code that PyTorch compiles got gradients wrong by some percent.",
+    )
+    if config.rollout_precision == "fp8":
+        check_fp8(device)
+    switch = Fp8Switch()
+    if config.rollout_precision == "fp8" or config.weight_storage != "full":
+        switch = quantize_blocks(
+            transformer,
+            storage=config.weight_storage,
+            fp8_rollouts=config.rollout_precision == "fp8",
+            device=None if config.block_offload else device,
+        )
+    if config.block_offload:
+        BlockOffload(transformer, device)
+        _place_the_rest(transformer, device)
+    else:
+        nn.Module.to(transformer, device)
+    if config.attention_backend == "cudnn":
+        _use_cudnn_attention(transformer, device)
+    recompute = BlockRecompute(transformer, "true" if config.block_offload else config.enable_gradient_checkpointing)
+    if config.compile:
+        compile_blocks(transformer)
+    return Acceleration(config, switch, recompute)
+
+
+def compile_blocks(transformer: HunyuanVideo15Transformer3DModel) -> None:
+    """Compiles every block, in place; they share one compiled code for each way of being called.
+
+    Prompts differ in length, so the text tokens' dimension is declared dynamic at the first block, where every
+    compilation starts. Past the recompile limit PyTorch would quietly run uncompiled, hence the higher limit.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    torch._dynamo.config.accumulated_recompile_limit = 64 * _RECOMPILE_LIMIT
+    for block in transformer.transformer_blocks:
+        block.forward = torch.compile(block.forward)
+    transformer.transformer_blocks[0].register_forward_pre_hook(_declare_text_dynamic)
+
+
+def _declare_text_dynamic(module: nn.Module, args: tuple[Any, ...]) -> None:
+    torch._dynamo.maybe_mark_dynamic(args[1], 1)
+
+
+def _place_the_rest(transformer: HunyuanVideo15Transformer3DModel, device: torch.device) -> None:
+    """Moves all but the blocks' frozen weights, which come and go by themselves."""
+    for name, child in transformer.named_children():
+        if name != "transformer_blocks":
+            child.to(device)
+    for parameter in transformer.transformer_blocks.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
+
+
+def _use_cudnn_attention(transformer: HunyuanVideo15Transformer3DModel, device: torch.device) -> None:
+    """Selects cuDNN for the transformer's blocks alone: a switch for the whole process would break the VAE."""
+    backend = AttentionBackendName._NATIVE_CUDNN
+    heads, head_dim = transformer.config["num_attention_heads"], transformer.config["attention_head_dim"]
+    dtype = transformer.dtype
+    try:
+        sample = torch.randn(1, heads, 256, head_dim, device=device, dtype=dtype, requires_grad=True)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            nn.functional.scaled_dot_product_attention(sample, sample, sample).sum().backward()
+    except RuntimeError as error:
+        logger.warning(
+            "cuDNN attention does not run here for %d heads of %d in %s, so PyTorch's own attention is used: %s",
+            heads,
+            head_dim,
+            dtype,
+            str(error).splitlines()[0],
+        )
+        return
+    for block in cast(list[HunyuanVideo15TransformerBlock], list(transformer.transformer_blocks)):
+        processor = cast(Any, block.attn.processor)
+        processor._attention_backend = backend

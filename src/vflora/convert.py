@@ -72,7 +72,7 @@ def _write(config: ConvertConfig, folder: Path) -> None:
     transformer.save_pretrained(folder / "transformer", max_shard_size="5GB")
     torch.nn.Module.to(transformer, "meta")  # written: only its class is still needed, for model_index.json
     vae = load_original_vae(config.pipeline_dir, None, "cpu")
-    pipeline = load_original_encoders(config.pipeline_dir, version, vae, dtype)
+    pipeline = load_original_encoders(config.pipeline_dir, vae, dtype, version)
     pipeline.save_pretrained(folder, max_shard_size="5GB")
     pipeline.register_modules(transformer=transformer)
     pipeline.save_config(folder)

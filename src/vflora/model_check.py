@@ -37,25 +37,25 @@ def check_pipeline(pipeline_dir: str, version: str) -> str:
     if is_original_layout(folder):
         there = transformer_versions(folder)
         if version not in there:
-            raise UserError(f"{folder} has the transformers {', '.join(there)} but not {version}: {_ADVICE}")
+            raise UserError(f"{folder} has the transformers {', '.join(there)} but not {version}: {_ADVICE}.")
         check_weights(folder / "transformer" / version)
         check_weights(folder / "vae")
         for what, place in PARTS.items():
             if not (folder / place).is_dir():
-                raise UserError(f"the {what} is missing at {folder / place}: {_ADVICE}")
+                raise UserError(f"the {what} is missing at {folder / place}: {_ADVICE}.")
         check_weights(folder / "text_encoder/llm")
         check_weights(folder / "vision_encoder/siglip/image_encoder")
         glyph = folder / "text_encoder/Glyph-SDXL-v2/checkpoints/byt5_model.pt"
         if not glyph.is_file():
-            raise UserError(f"the glyph encoder is missing at {glyph}: {_ADVICE}")
+            raise UserError(f"the glyph encoder is missing at {glyph}: {_ADVICE}.")
         return f"{pipeline_dir} is complete in the original layout (transformers: {', '.join(there)})"
     if folder.exists():
-        raise UserError(f"{folder} is neither a diffusers pipeline nor the original layout: {_ADVICE}")
+        raise UserError(f"{folder} is neither a diffusers pipeline nor the original layout: {_ADVICE}.")
     if pipeline_dir.count("/") != 1 or pipeline_dir.startswith((".", "/", "~")):
-        raise UserError(f"there is nothing at {pipeline_dir}: {_ADVICE}")
+        raise UserError(f"there is nothing at {pipeline_dir}: {_ADVICE}.")
     cached = try_to_load_from_cache(pipeline_dir, "model_index.json")
     if not isinstance(cached, str):
-        raise UserError(f"{pipeline_dir} is not on this machine yet: {_ADVICE}, and a run would fetch it too")
+        raise UserError(f"{pipeline_dir} is not on this machine yet: {_ADVICE}, and a run would fetch it too.")
     return check_pipeline(str(Path(cached).parent), version)
 
 
@@ -71,10 +71,10 @@ def check_dino(dino_model_dir: str) -> str:
     folder = Path(dino_model_dir)
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError(f"there is no DINOv3 at {folder}: {_ADVICE}")
+        raise UserError(f"there is no DINOv3 at {folder}: {_ADVICE}.")
     kind = str(json.loads(config.read_text()).get("model_type"))
     if not kind.startswith("dinov3"):
-        raise UserError(f"{folder} holds a {kind}, not a DINOv3: {_ADVICE}")
+        raise UserError(f"{folder} holds a {kind}, not a DINOv3: {_ADVICE}.")
     check_weights(folder)
     return f"{kind} at {folder}"
 
@@ -87,14 +87,14 @@ def check_weights(folder: Path) -> None:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"there are no .safetensors files in {folder}: {_ADVICE}")
+        raise UserError(f"there are no .safetensors files in {folder}: {_ADVICE}.")
     for index in folder.glob("*.safetensors.index.json"):
         for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
             if not (folder / name).is_file():
-                raise UserError(f"{folder / name} is missing: {_ADVICE}, which resumes where it stopped")
+                raise UserError(f"{folder / name} is missing: {_ADVICE}, which resumes where it stopped.")
     for file in files:
         try:
             with safe_open(file, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise UserError(f"{file} is cut short or damaged ({error}): download it again") from error
+            raise UserError(f"{file} is cut short or damaged ({error}): download it again.") from error

@@ -117,7 +117,7 @@ def test_the_vae_gives_the_same_pixels(original):
 @torch.no_grad()
 def test_the_encoders_give_the_same_conditions(original):
     folder, pipeline = original
-    loaded = load_original_encoders(folder, "480p_i2v", pipeline.vae, torch.float32)
+    loaded = load_original_encoders(folder, pipeline.vae, torch.float32)
     for pipe in (pipeline, loaded):
         pipe.prompt_template_encode_start_idx, pipe.tokenizer_max_length = 108, 32
         pipe.tokenizer_2_max_length = 16
@@ -221,11 +221,11 @@ def test_a_glyph_checkpoint_with_code_in_it_is_refused(original, broken):
 
     torch.save({"state_dict": Attack()}, broken / "text_encoder/Glyph-SDXL-v2/checkpoints/byt5_model.pt")
     with pytest.raises(UserError, match="cannot be read safely"):
-        load_original_encoders(broken, "480p_i2v", original[1].vae, torch.float32)
+        load_original_encoders(broken, original[1].vae, torch.float32)
     assert not (broken / "ran").exists()
     shutil.rmtree(broken / "vision_encoder")
     with pytest.raises(UserError, match="vision encoder is missing"):
-        load_original_encoders(broken, "480p_i2v", original[1].vae, torch.float32)
+        load_original_encoders(broken, original[1].vae, torch.float32)
 
 
 def test_loading_converts_one_tensor_at_a_time(original, monkeypatch):

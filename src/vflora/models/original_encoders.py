@@ -38,15 +38,15 @@ _GLYPH_PREFIX = "module.text_tower.encoder."
 
 
 def load_original_encoders(
-    folder: str | Path, version: str, vae: AutoencoderKLHunyuanVideo15, dtype: torch.dtype
+    folder: str | Path, vae: AutoencoderKLHunyuanVideo15, dtype: torch.dtype, version: str = "480p_i2v"
 ) -> HunyuanVideo15ImageToVideoPipeline:
     """Loads the encoders on the CPU, frozen, as a pipeline without a transformer, around a loaded VAE.
 
     Args:
         folder: the folder that holds `text_encoder/` and `vision_encoder/`.
-        version: name of the transformer, which sets the schedule's shift and the guidance.
         vae: a loaded VAE.
         dtype: of the encoders' parameters.
+        version: name of the transformer, which sets the schedule's shift and the guidance.
 
     Raises:
         UserError: if a part is missing or damaged.
@@ -54,7 +54,7 @@ def load_original_encoders(
     root = Path(folder)
     for what, place in PARTS.items():
         if not (root / place).is_dir():
-            raise UserError(f"the {what} is missing at {root / place}: `vflora download` prints how to get it")
+            raise UserError(f"the {what} is missing at {root / place}: `vflora download` prints how to get it.")
     language = AutoModel.from_pretrained(root / "text_encoder/llm", dtype=dtype)
     text_encoder_2, tokenizer_2 = load_glyph_encoder(root, dtype)
     vision = root / "vision_encoder/siglip"
@@ -92,7 +92,7 @@ def load_glyph_encoder(root: Path, dtype: torch.dtype) -> tuple[T5EncoderModel, 
     rows = weights["embed_tokens.weight"].shape[0] if "embed_tokens.weight" in weights else 0
     if rows < len(tokenizer):
         raise UserError(
-            f"the glyph checkpoint in {glyph} knows {rows} tokens, its tokenizer {len(tokenizer)}: download both again"
+            f"the glyph checkpoint in {glyph} knows {rows} tokens, its tokenizer {len(tokenizer)}: download both again."
         )
     config: Any = T5Config.from_pretrained(byt5)
     config.vocab_size = rows
@@ -101,7 +101,7 @@ def load_glyph_encoder(root: Path, dtype: torch.dtype) -> tuple[T5EncoderModel, 
     if found.missing_keys or found.unexpected_keys:
         raise UserError(
             f"the glyph checkpoint in {glyph} does not fit byt5-small: missing {found.missing_keys[:3]}, "
-            f"not known {found.unexpected_keys[:3]}; download both again"
+            f"not known {found.unexpected_keys[:3]}; download both again."
         )
     encoder.shared.weight = encoder.encoder.embed_tokens.weight
     encoder.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
@@ -110,12 +110,12 @@ def load_glyph_encoder(root: Path, dtype: torch.dtype) -> tuple[T5EncoderModel, 
 
 def _read_glyph(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"the glyph encoder is missing at {path}: `vflora download` prints how to get it")
+        raise UserError(f"the glyph encoder is missing at {path}: `vflora download` prints how to get it.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read safely ({reason}): download it again") from error
+        raise UserError(f"{path} cannot be read safely ({reason}): download it again.") from error
     if "state_dict" not in loaded:
         return loaded
     tower = {key: value for key, value in loaded["state_dict"].items() if key.startswith(_GLYPH_PREFIX)}
@@ -126,7 +126,7 @@ def _glyph_tokens(assets: Path) -> list[str]:
     files = [assets / "color_idx.json", assets / "multilingual_10-lang_idx.json"]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} is missing: `vflora download` prints how to get the glyph encoder whole")
+            raise UserError(f"{file} is missing: `vflora download` prints how to get the glyph encoder whole.")
     colors, fonts = (json.loads(file.read_text()) for file in files)
     return [f"<color-{i}>" for i in range(len(colors))] + [
         f"<{name[:2]}-font-{number}>" for name, number in fonts.items()

@@ -106,7 +106,7 @@ def load_original_transformer(
     if version not in there:
         raise UserError(
             f"{folder} has no transformer {version}: set --transformer_version to one of {', '.join(there)}, or get "
-            "it with `vflora download`"
+            "it with `vflora download`."
         )
     shards = find_shards(home)
     settings = transformer_settings(read_shapes(shards), _read_json(home / "config.json"), version)
@@ -129,7 +129,7 @@ def load_original_vae(
     stored = _read_json(home / "config.json")
     if stored.get("shift_factor"):
         raise UserError(
-            f"the VAE in {home} shifts its latents, which HunyuanVideo-1.5 does not: use the one it came with"
+            f"the VAE in {home} shifts its latents, which HunyuanVideo-1.5 does not: use the one it came with."
         )
     settings = {ours: stored[theirs] for theirs, ours in _VAE_SETTINGS.items() if theirs in stored}
     with init_empty_weights(include_buffers=False):
@@ -187,13 +187,15 @@ def transformer_settings(shapes: dict[str, tuple[int, ...]], stored: dict[str, A
             "use_meanflow": "time_r_in.mlp.0.weight" in shapes,
         }
     except (KeyError, ValueError) as error:
-        raise UserError(f"these are not the weights of a HunyuanVideo-1.5 transformer: there is no {error}") from error
+        raise UserError(f"these are not the weights of a HunyuanVideo-1.5 transformer: there is no {error}.") from error
     rope = stored.get("rope_dim_list", _ROPE_AXES.get(head_dim))
     if rope is None:
-        raise UserError(f"config.json of {version} has no rope_dim_list, which heads of {head_dim} need: restore it")
+        raise UserError(f"config.json of {version} has no rope_dim_list, which heads of {head_dim} need: restore it.")
     resolution = stored.get("ideal_resolution") or version.partition("_")[0]
     if resolution not in _TARGET_SIZES:
-        raise UserError(f"config.json of {version} names no ideal_resolution out of {', '.join(_TARGET_SIZES)}: add it")
+        raise UserError(
+            f"config.json of {version} names no ideal_resolution out of {', '.join(_TARGET_SIZES)}: add it."
+        )
     return settings | {
         "rope_axes_dim": tuple(rope),
         "rope_theta": float(stored.get("rope_theta", 256.0)),
@@ -213,4 +215,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON ({error}): download it again") from error
+        raise UserError(f"{path} is no JSON ({error}): download it again.") from error

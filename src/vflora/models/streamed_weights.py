@@ -28,7 +28,7 @@ def find_shards(folder: Path) -> list[Path]:
     """
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise UserError(f"there are no .safetensors files in {folder}: `vflora download` prints how to get them")
+        raise UserError(f"there are no .safetensors files in {folder}: `vflora download` prints how to get them.")
     return shards
 
 
@@ -81,7 +81,7 @@ def fill(
                         if value.shape != wanted[name]:
                             raise UserError(
                                 f"{key} in {shard} is {list(value.shape)} but the model needs {list(wanted[name])}: "
-                                "check that config.json belongs to these weights"
+                                "check that config.json belongs to these weights."
                             )
                         set_module_tensor_to_device(model, name, device, value=value, dtype=dtype or value.dtype)
                         filled.add(name)
@@ -90,7 +90,7 @@ def fill(
     if missing or left_over:
         raise UserError(
             f"the weights in {shards[0].parent} do not fit: {_few('missing', missing)}{_few('not known', left_over)}"
-            "download them again, or check that they belong to HunyuanVideo-1.5"
+            "download them again, or check that they belong to HunyuanVideo-1.5."
         )
 
 
@@ -110,4 +110,4 @@ def _opened(shard: Path):
     try:
         return safe_open(shard, framework="pt")
     except SafetensorError as error:
-        raise UserError(f"{shard} is cut short or damaged ({error}): download it again") from error
+        raise UserError(f"{shard} is cut short or damaged ({error}): download it again.") from error

@@ -37,7 +37,7 @@ def apply_lora(
         UserError: if the LoRA does not fit this transformer, or the name is taken.
     """
     if adapter_name in getattr(transformer, "peft_config", {}):
-        raise UserError(f"the transformer already has a LoRA named {adapter_name}: give this one another name")
+        raise UserError(f"the transformer already has a LoRA named {adapter_name}: give this one another name.")
     _check_fit(transformer, weights)
     before = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
     state: dict[str, Tensor] = {}
@@ -61,7 +61,7 @@ def set_scale(transformer: nn.Module, adapter_name: str, scale: float) -> None:
     """
     layers = [m for m in transformer.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
     if not layers:
-        raise UserError(f"the transformer has no LoRA named {adapter_name}: load it first")
+        raise UserError(f"the transformer has no LoRA named {adapter_name}: load it first.")
     for layer in layers:
         layer.set_scale(adapter_name, scale)
 
@@ -87,7 +87,7 @@ def from_transformer(transformer: nn.Module, adapter_name: str = "default") -> L
             alpha *= math.sqrt(down.shape[0])
         modules[name] = LoraModule(down, _whole(linear.lora_B[adapter_name].weight), alpha)
     if not modules:
-        raise UserError(f"the transformer has no LoRA named {adapter_name}: add or load it first")
+        raise UserError(f"the transformer has no LoRA named {adapter_name}: add or load it first.")
     return LoraWeights(modules)
 
 
@@ -103,11 +103,11 @@ def _check_fit(transformer: nn.Module, weights: LoraWeights) -> None:
     for name, update in weights.modules.items():
         layer: Any = layers.get(name)
         if layer is None or not hasattr(layer, "in_features"):
-            raise UserError(f"this LoRA changes {name}, which the transformer does not have: use its own base model")
+            raise UserError(f"this LoRA changes {name}, which the transformer does not have: use its own base model.")
         wanted = torch.Size((layer.out_features, layer.in_features))
         given = torch.Size((update.up.shape[0], update.down.shape[1]))
         if wanted != given:
             raise UserError(
                 f"this LoRA is for a transformer of another size: {name} is {list(wanted)} here and "
-                f"{list(given)} in the LoRA"
+                f"{list(given)} in the LoRA."
             )

@@ -65,7 +65,7 @@ def read_lora(path: str | Path) -> LoraWeights:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             header = dict(opened.metadata() or {})
     except SafetensorError as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}): download or export it again") from error
+        raise UserError(f"{file} is not a whole safetensors file ({error}): download or export it again.") from error
     beside = file.parent / "adapter_config.json"
     if CONFIG_KEY not in header and beside.is_file():
         header[CONFIG_KEY] = beside.read_text()
@@ -80,16 +80,16 @@ def find_lora_file(path: Path) -> Path:
     """
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(f"{path} is not a .safetensors file: only that format can be read safely")
+            raise UserError(f"{path} is not a .safetensors file: only that format can be read safely.")
         return path
     if not path.is_dir():
-        raise UserError(f"there is no LoRA at {path}: give a .safetensors file or the folder that holds it")
+        raise UserError(f"there is no LoRA at {path}: give a .safetensors file or the folder that holds it.")
     for name in _FILE_NAMES:
         if (path / name).is_file():
             return path / name
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
-        raise UserError(f"{path} holds {len(found)} .safetensors files: name the one to read")
+        raise UserError(f"{path} holds {len(found)} .safetensors files: name the one to read.")
     return found[0]
 
 
@@ -102,7 +102,7 @@ def recognise(keys: Iterable[str]) -> LoraFormat:
     for key in keys:
         if found := _MATRIX.match(key):
             return _resolve(found.group(1), "this file").format
-    raise UserError("there are no LoRA weights in this file: its keys have no lora_A/lora_B or lora_down/lora_up")
+    raise UserError("there are no LoRA weights in this file: its keys have no lora_A/lora_B or lora_down/lora_up.")
 
 
 def from_state_dict(tensors: Mapping[str, Tensor], header: Mapping[str, str], source: str) -> LoraWeights:
@@ -122,18 +122,18 @@ def from_state_dict(tensors: Mapping[str, Tensor], header: Mapping[str, str], so
         if found := _MATRIX.match(key):
             side = "down" if found.group(2) in ("lora_A", "lora_down") else "up"
             if side in pairs.setdefault(found.group(1), {}):
-                raise UserError(f"{source} holds several adapters: save one adapter per file")
+                raise UserError(f"{source} holds several adapters: save one adapter per file.")
             pairs[found.group(1)][side] = tensor
         elif not key.endswith(".alpha"):
-            raise UserError(f"{source} has weights that are no plain LoRA, such as {key}: export it as LoRA only")
+            raise UserError(f"{source} has weights that are no plain LoRA, such as {key}: export it as LoRA only.")
     if not pairs:
-        raise UserError(f"there are no LoRA weights in {source}: check that it is the right file")
+        raise UserError(f"there are no LoRA weights in {source}: check that it is the right file.")
     modules: dict[str, LoraModule] = {}
     for base, pair in pairs.items():
         if len(pair) != 2:
-            raise UserError(f"{source} has only half of the LoRA pair of {base}: export it again")
+            raise UserError(f"{source} has only half of the LoRA pair of {base}: export it again.")
         if pair["down"].ndim != 2 or pair["up"].ndim != 2 or pair["down"].shape[0] != pair["up"].shape[1]:
-            raise UserError(f"{source} changes {base} in a way that is no Linear LoRA: leave that module out")
+            raise UserError(f"{source} changes {base} in a way that is no Linear LoRA: leave that module out.")
         place = _resolve(base, source)
         rank = pair["down"].shape[0]
         alpha = None
@@ -167,7 +167,7 @@ def _resolve(base: str, source: str) -> _Place:
         targets = naming.modules(name)
         if targets is not None:
             return _Place(name, naming, "comfyui" if "diffusion_model." in prefix else format, targets)
-    raise UserError(f"{source} is a LoRA for another model: HunyuanVideo-1.5 has no module {name}")
+    raise UserError(f"{source} is a LoRA for another model: HunyuanVideo-1.5 has no module {name}.")
 
 
 def _peft_config(header: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -176,10 +176,10 @@ def _peft_config(header: Mapping[str, str], source: str) -> dict[str, Any]:
     try:
         loaded = json.loads(header[CONFIG_KEY])
     except json.JSONDecodeError as error:
-        raise UserError(f"the adapter settings in the header of {source} are no JSON: export it again") from error
+        raise UserError(f"the adapter settings in the header of {source} are no JSON: export it again.") from error
     config = {key.removeprefix("transformer."): value for key, value in loaded.items()}
     if config.get("use_dora"):
-        raise UserError(f"{source} is a DoRA adapter, which has no lossless LoRA form: train with use_dora off")
+        raise UserError(f"{source} is a DoRA adapter, which has no lossless LoRA form: train with use_dora off.")
     return config
 
 

@@ -62,7 +62,7 @@ def read_reference_dcp(path: str | Path, alpha: float = 16.0) -> LoraWeights:
         UserError: if this is no such checkpoint, or it holds no LoRA of HunyuanVideo-1.5.
     """
     if not is_dcp(path):
-        raise UserError(f"{path} is no sharded checkpoint: give the folder that holds .metadata, often named dcp")
+        raise UserError(f"{path} is no sharded checkpoint: give the folder that holds .metadata, often named dcp.")
     folder = Path(path) if (Path(path) / ".metadata").is_file() else Path(path) / "dcp"
     reader = _SafeReader(folder)
     index = reader.read_metadata().state_dict_metadata
@@ -72,7 +72,7 @@ def read_reference_dcp(path: str | Path, alpha: float = 16.0) -> LoraWeights:
         if _LORA_KEY.match(key) and isinstance(entry, TensorStorageMetadata)
     }
     if not wanted:
-        raise UserError(f"the checkpoint at {folder} holds no LoRA: it was saved with --use_lora false")
+        raise UserError(f"the checkpoint at {folder} holds no LoRA: it was saved with --use_lora false.")
     with warnings.catch_warnings():
         # one process reads here, whatever the number that wrote
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -92,7 +92,7 @@ class _SafeReader(FileSystemReader):
             try:
                 metadata = _IndexUnpickler(file).load()
             except (pickle.UnpicklingError, EOFError) as error:
-                raise UserError(f"the index of the checkpoint at {self.path} cannot be read: {error}") from error
+                raise UserError(f"the index of the checkpoint at {self.path} cannot be read: {error}.") from error
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -78,7 +78,7 @@ def to_state_dict(weights: LoraWeights, format: LoraFormat) -> tuple[dict[str, T
         UserError: if the format is unknown or a module has no name in it.
     """
     if format not in FORMATS:
-        raise UserError(f"--format {format} is unknown: use one of {', '.join(FORMATS)}")
+        raise UserError(f"--format {format} is unknown: use one of {', '.join(FORMATS)}.")
     placed = _placed(weights, format)
     prefix = _PREFIXES[format]
     tensors: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ def _placed(weights: LoraWeights, format: LoraFormat) -> dict[str, LoraModule]:
     for module, update in weights.modules.items():
         place = naming.place(module)
         if place is None:
-            raise UserError(f"the {format} format has no name for {module}: leave it out of --lora_target_modules")
+            raise UserError(f"the {format} format has no name for {module}: leave it out of --lora_target_modules.")
         name, row = place
         if module == names.SWAPPED_MODULE and format != "diffusers":
             update = LoraModule(update.down, swap_halves(update.up), update.alpha)

@@ -141,12 +141,15 @@ def scan_shard(path: Path) -> Iterator[RawSample]:
     Raises:
         BadShardError: cut off, damaged, not a tar file, or two members of the same name.
     """
+    started = False
     try:
         for group in group_by_keys(_members(path)):
+            started = True
             metadata = group.get("json")
             yield RawSample(group["__key__"], {k: v for k, v in group.items() if k in SUFFIXES}, metadata)
     except tarfile.TarError as error:
-        raise BadShardError(f"not a readable tar file ({error})") from error
+        what = "the archive is cut off or damaged" if started else "not a readable tar file"
+        raise BadShardError(f"{what} ({error})") from error
     except ValueError as error:
         raise BadShardError(f"two members of the same name ({error})") from error
 

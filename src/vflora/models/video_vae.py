@@ -24,8 +24,11 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
 )
 from torch import Tensor
 
+from vflora.models.light_decoder import LightDecoder, normed_conv
+
 _RESNET_BORDER = 2  # two 3x3 convolutions
 _CONV_BORDER = 1
+_TILED_BLOCKS = 2  # the last ones: their activations are by far the largest
 
 
 class FrameAttention(HunyuanVideo15AttnBlock):
@@ -77,8 +80,8 @@ def decode_frames(
         frames: frame indexes, the same for every sample [K], or a tensor of them per sample [B, K]; None for all.
         checkpointed: keep no activations between the decoder's layers and compute them again in the backward pass,
             also when the VAE is in eval mode.
-        tile: side of the square tiles, in pixels of the frame, that the layers after the mid block work in; None
-            for whole frames. Implies `checkpointed` and gives the same result with far less memory.
+        tile: side of the square tiles, in pixels of the frame, that the last and largest layers work in; None for
+            whole frames. Implies `checkpointed` and gives the same result with far less memory.
 
     Returns:
         Frames [B, 3, K, H, W] in about [-1, 1], fp32.
@@ -149,6 +152,8 @@ def _decoder_stages(decoder: HunyuanVideo15Decoder3D, pixels: int) -> list[_Stag
         return decoder.conv_in(x) + x.repeat_interleave(repeats=decoder.repeat, dim=1)
 
     def leave(x: Tensor) -> Tensor:
+        if isinstance(decoder, LightDecoder):
+            return normed_conv(x, decoder.norm_out, decoder.conv_out)
         return decoder.conv_out(decoder.conv_act(decoder.norm_out(x)))
 
     stages = [_Stage(enter, None, 1, pixels)]
@@ -172,9 +177,32 @@ def _decode_recomputed(decoder: HunyuanVideo15Decoder3D, x: Tensor, tile: int | 
     if any(p.requires_grad for p in decoder.parameters()):
         raise ValueError("freeze the VAE (vae.requires_grad_(False)) before a checkpointed or tiled decode")
     spatial = 2 ** sum(1 for block in _up_blocks(decoder) if block.upsamplers is not None)
-    for stage in _decoder_stages(decoder, spatial):
+    stages = _decoder_stages(decoder, spatial)
+    if tile is not None:
+        first = len(stages) - 1 - sum(_layers(block) for block in _up_blocks(decoder)[-_TILED_BLOCKS:])
+        stages = [*stages[:first], _merged(stages[first:])]
+    for stage in stages:
         x = _Recomputed.apply(x, stage, tile)
     return x
+
+
+def _layers(block: HunyuanVideo15UpBlock3D) -> int:
+    return len(block.resnets) + len(block.upsamplers or ())
+
+
+def _merged(stages: list[_Stage]) -> _Stage:
+    """Makes one stage of several, so that nothing of whole frames is kept between them."""
+
+    def run(x: Tensor) -> Tensor:
+        for stage in stages:
+            x = stage.run(x)
+        return x
+
+    border, scale = 0, 1
+    for stage in reversed(stages):
+        border = -(-border // stage.scale) + cast(int, stage.border)
+        scale *= stage.scale
+    return _Stage(run, border, scale, stages[0].pixels)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -11,7 +11,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vflora.data.images import MAX_MEGAPIXELS, BadImageError, decode
-from vflora.data.schema import COUNT_KEY, IDENTITY_KEY, SPLITS, canonical, manifest_path, read_manifest, read_table, shard_folder
+from vflora.data.schema import (
+    COUNT_KEY,
+    IDENTITY_KEY,
+    SPLITS,
+    canonical,
+    manifest_path,
+    read_manifest,
+    read_table,
+    shard_folder,
+)
 from vflora.data.shards import BadSampleError, BadShardError, RawSample, Sample, scan_shard
 from vflora.errors import UserError
 

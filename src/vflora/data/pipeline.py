@@ -32,13 +32,10 @@ from vflora.data.images import to_tensor
 from vflora.data.sampling import Acceptance, Draw, accept, attach_secondary, crop_box, keyed_random
 from vflora.data.schema import DataSet
 from vflora.data.shards import Sample
-from vflora.data.validation import ValidationLoader
 from vflora.data.workers import start_workers
 from vflora.errors import UserError
 from vflora.random_streams import keyed_seed
 from vflora.types import Batch
-
-__all__ = ["TrainBatches", "TrainLoader", "ValidationLoader", "slot_stream"]
 
 # Shards come from strangers: no member may be unpickled and no address run as a command.
 wds_utils.enforce_security = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterable
 from statistics import median
 
-from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
-
 from vflora.errors import UserError
+from vflora.resolution import clip_size
 
-BUCKETS = {"480p": 640, "720p": 960}
-"""Side of the square whose area each of the model's resolutions has."""
+BUCKETS = ("480p", "720p")
+"""The model's resolutions, each a family of sizes of about the same area."""
 _SIZE_MULTIPLE = 16
 _MAX_SIDE = 4096
 
@@ -40,8 +39,15 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def bucket_size(resolution: str, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Returns the size that the model's own image processor would give a picture of the median aspect ratio."""
+    """Returns the size that training would choose for a picture of the median aspect ratio, and then keep.
+
+    Args:
+        resolution: one of `BUCKETS`.
+        sizes: height and width of each picture.
+    """
     aspect = median(height / width for height, width in sizes)
-    processor = HunyuanVideo15ImageProcessor()
-    height, width = processor.calculate_default_height_width(round(aspect * 10_000), 10_000, BUCKETS[resolution])
-    return int(height), int(width)
+    size = clip_size(resolution, (round(aspect * 10_000), 10_000), _SIZE_MULTIPLE)
+    # Rounding in the model's table sends a few of its own sizes on to their neighbour, which then stays.
+    while (kept := clip_size(resolution, size, _SIZE_MULTIPLE)) != size:
+        size = kept
+    return size

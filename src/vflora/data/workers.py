@@ -5,11 +5,22 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from vflora.random_streams import keyed_generator
+
+
+@contextmanager
+def _interrupts_for_the_trainer_only() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which goes to all: the step it interrupts still needs its data."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_workers(
@@ -23,7 +34,7 @@ def start_workers(
         seed: keeps torch from drawing one out of the global generator.
         order: item numbers for a data set with `__getitem__`.
     """
-    with warnings.catch_warnings():
+    with _interrupts_for_the_trainer_only(), warnings.catch_warnings():
         # More workers than cores is no mistake here: they mostly wait for the disk.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader = DataLoader(
@@ -31,12 +42,6 @@ def start_workers(
             batch_size=None,
             sampler=order,  # pyright: ignore[reportArgumentType]
             num_workers=num_workers,
-            worker_init_fn=_leave_interrupts_to_the_trainer,
             generator=keyed_generator(seed, "loader"),
         )
         return iter(loader)
-
-
-def _leave_interrupts_to_the_trainer(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the step that it interrupts still needs its data."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

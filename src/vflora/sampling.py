@@ -168,10 +168,11 @@ def prepare_for_sampling(pipeline: Pipeline) -> None:
     def before(_module: torch.nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
         inputs = dict(inputs)
         batch = inputs["hidden_states"].shape[0]
-        now = cast(Tensor, pipeline._current_timestep)
-        inputs["timestep"] = now.float().expand(batch)
-        if inputs.get("timestep_r") is not None:
-            inputs["timestep_r"] = _next_timestep(pipeline.scheduler.timesteps, now).expand(batch)
+        now = cast(Tensor | None, pipeline._current_timestep)
+        if now is not None:  # outside the pipeline's loop the caller's timesteps stand
+            inputs["timestep"] = now.float().expand(batch)
+            if inputs.get("timestep_r") is not None:
+                inputs["timestep_r"] = _next_timestep(pipeline.scheduler.timesteps, now).expand(batch)
         inputs["hidden_states"] = inputs["hidden_states"].to(transformer.dtype)
         for suffix in ("", "_2"):
             _drop_padding(inputs, f"encoder_hidden_states{suffix}", f"encoder_attention_mask{suffix}")

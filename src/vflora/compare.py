@@ -1,0 +1,287 @@
+"""`vflora compare`: base model and LoRA on the same pictures, prompts and seeds, as a page worth publishing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from vflora import acceleration
+from vflora.adapters import AdapterInfo, add_adapters, find_adapter, read_adapter
+from vflora.config import Precision, require, require_frames
+from vflora.data.images import to_signed, to_tensor
+from vflora.deviation import deviations_on, record_path
+from vflora.evaluate import Embedder, IdentityScores, deviation_by_sigma, embed_frames, identity_scores, score_video
+from vflora.inference import load_for_sampling, torch_device
+from vflora.judge import Judge
+from vflora.models.identity import IdentityEmbedder
+from vflora.models.lora_formats import write_lora
+from vflora.report import Clip, Comparison, Row, write_card, write_page
+from vflora.report.records import BASE
+from vflora.samples import Sample, find_samples, readable
+from vflora.sampling import Pipeline, default_steps, fit_image, generate_video
+from vflora.video_io import write_mp4
+
+log = logging.getLogger(__name__)
+
+DEVIATION_POINTS = 5
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which LoRA, which pictures, and what the page should say."""
+
+    pipeline_dir: str
+    """Folder or hub name of the image-to-video pipeline."""
+    lora_path: list[str]
+    """LoRA file, folder, or training checkpoint; several act together."""
+    images: list[Path]
+    """Pictures, or folders of them; the name of a file, or of the folder it is in below, names the character."""
+    output_dir: Path
+    """Folder for page, videos, numbers, model card and adapter, ready to upload."""
+    lora_scales: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7, 1.0])
+    """Scales to show beside the base model."""
+    prompts: list[str] | None = None
+    """One for all pictures or one for each; {character} is replaced. Without it, they are drawn from a bank."""
+    prompt_bank: Path | None = None
+    """The bank to draw from; without it, the one that ships with the package."""
+    seeds: list[int] = field(default_factory=lambda: [123])
+    """Every picture is shown once with each seed."""
+    max_rows: int = 12
+    """Pictures times seeds beyond this many are left out."""
+    transformer_version: str = "480p_i2v"
+    """Transformer of the original layout."""
+    video_length: int = 61
+    """Frames, 4n+1."""
+    num_inference_steps: int | None = None
+    """Sampling steps; without it, 50, or 8 for step-distilled models."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, 1 for none; without it, what the pipeline says."""
+    fps: int = 24
+    """Frames per second."""
+    judge_model_dir: Path | None = None
+    """Vision model that grades identity, not used in training (DINOv2); without it, the pipeline's SigLIP."""
+    dino_model_dir: Path | None = None
+    """Backbone of the identity loss, to grade with it as well; its numbers flatter."""
+    dino_head_path: Path | None = None
+    """Its projection head."""
+    title: str | None = None
+    """Of the page; without it, the name of the LoRA."""
+    notice: str | None = None
+    """A sentence that stands plainly at the top of page and card."""
+    max_page_mb: float = 25.0
+    """Size of the page at most; its videos are encoded to fit, those in the folder keep their quality."""
+    device: str = "auto"
+    """Where to compute: auto takes the accelerator if there is one, else the CPU."""
+    dtype: Precision = "bf16"
+    """Precision of the weights."""
+    offloading: bool = True
+    """Keep each model in main memory until it is its turn."""
+    vae_tiling: bool = True
+    """Decode videos larger than 256 x 256 in overlapping tiles."""
+
+    def __post_init__(self) -> None:
+        require_frames("video_length", self.video_length)
+        require(bool(self.lora_path), "--lora_path is empty: name the LoRA to compare with its base.")
+        require(bool(self.seeds), "--seeds is empty: give at least one number.")
+        require(self.max_rows >= 1, "--max_rows must be at least 1.")
+        require(
+            bool(self.lora_scales)
+            and min(self.lora_scales) > 0
+            and len(set(self.lora_scales)) == len(self.lora_scales),
+            "--lora_scales must be different positive numbers, such as 0.3 0.5 0.7 1.0; the base is always shown.",
+        )
+        require(
+            (self.dino_model_dir is None) == (self.dino_head_path is None),
+            "--dino_model_dir and --dino_head_path go together: give both or neither.",
+        )
+
+
+def run(config: CompareConfig) -> Path | None:
+    """Makes the page.
+
+    Returns:
+        The page; None in the processes of a launcher other than the first, which have nothing to do.
+
+    Raises:
+        UserError: if a file is missing or does not fit.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return None
+    for path in config.lora_path:
+        find_adapter(path)
+    samples = find_samples(
+        config.images,
+        prompts=config.prompts,
+        prompt_bank=config.prompt_bank,
+        seeds=config.seeds,
+        max_rows=config.max_rows,
+    )
+    device = torch_device(config.device)
+    waits = device.type != "cpu" and config.offloading
+    pipeline = load_for_sampling(
+        config.pipeline_dir, config.transformer_version, config.dtype, "cpu" if waits else device
+    )
+    judge = Judge.load(config.judge_model_dir, device) if config.judge_model_dir else Judge.from_pipeline(pipeline)
+    trained = None
+    if config.dino_model_dir is not None and config.dino_head_path is not None:
+        trained = IdentityEmbedder.load(config.dino_model_dir, config.dino_head_path, device)
+    adapters = add_adapters(pipeline.transformer, config.lora_path, [1.0])
+    acceleration.place(
+        pipeline,
+        device,
+        offloading=config.offloading,
+        group_offloading=None,
+        overlap=False,
+        vae_tiling=config.vae_tiling,
+    )
+    rows = compare(
+        pipeline,
+        samples,
+        config.output_dir,
+        scales=config.lora_scales,
+        judge=judge,
+        trained=trained,
+        frames=config.video_length,
+        steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        fps=config.fps,
+    )
+    comparison = Comparison(
+        title=config.title or _title(config.lora_path[0]),
+        rows=rows,
+        judge=judge.name,
+        trained_judge=None if trained is None else f"{Path(str(config.dino_head_path)).name}",
+        settings=_settings(config, pipeline, adapters),
+        command=command_of(config),
+        notice=config.notice,
+        fps=config.fps,
+    )
+    page = write_page(comparison, config.output_dir, max_megabytes=config.max_page_mb)
+    write_card(comparison, config.output_dir, base_model=config.pipeline_dir)
+    if len(config.lora_path) == 1:
+        write_lora(read_adapter(config.lora_path[0]), config.output_dir, "diffusers")
+    log.info("wrote %s, and all that a model card needs beside it", page)
+    return page
+
+
+def compare(
+    pipeline: Pipeline,
+    samples: Sequence[Sample],
+    folder: Path,
+    *,
+    scales: Sequence[float],
+    judge: Embedder,
+    trained: Embedder | None = None,
+    frames: int,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    fps: float = 24,
+) -> tuple[Row, ...]:
+    """Generates and grades every sample with the base model and with the LoRA at each scale.
+
+    Args:
+        pipeline: image to video, with adapters loaded at scale 1.
+        samples: what to make.
+        folder: gets `pictures/` and `videos/`.
+        scales: of the LoRA, positive.
+        judge: grades identity; better an embedder that the training did not optimise.
+        trained: the one that it did optimise, to grade as well.
+        frames: of each video, 4n + 1.
+        steps: of sampling; None for what the checkpoint was made for.
+        guidance_scale: None for the pipeline's own.
+        fps: frames per second of the mp4s.
+
+    Returns:
+        A row for each sample, in order.
+    """
+    for name in ("pictures", "videos"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    pipeline.set_progress_bar_config(desc="sampling", unit="step", leave=False)
+    rows = []
+    with tqdm(total=len(samples) * (1 + len(scales)), desc="comparing", unit="video") as bar:
+        for index, sample in enumerate(samples):
+            stem = f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', sample.character.lower()).strip('-') or 'character'}"
+            picture = fit_image(pipeline, sample.picture)
+            picture_file = folder / "pictures" / f"{stem}.png"
+            picture.save(picture_file)
+            reference = to_signed(to_tensor(picture))
+
+            def generate(scale: float, sample: Sample = sample) -> Tensor:
+                return generate_video(
+                    pipeline,
+                    sample.picture,
+                    sample.prompt,
+                    seed=sample.seed,
+                    frames=frames,
+                    steps=steps,
+                    guidance_scale=guidance_scale,
+                    lora_scale=scale,
+                )
+
+            clips: list[Clip] = []
+            with record_path(pipeline, DEVIATION_POINTS, steps) as path:
+                base_video = generate(BASE)
+            for scale in (BASE, *sorted(scales)):
+                video = base_video if scale == BASE else generate(scale)
+                scores = score_video(video, reference, judge)
+                deviations = deviations_on(pipeline, path, scale)
+                clips.append(
+                    Clip(
+                        scale=scale,
+                        path=write_mp4(folder / "videos" / f"{stem}-{scale:g}.mp4", video, fps),
+                        scores=scores,
+                        trained_identity=None if trained is None else _identity(video, reference, trained),
+                        motion_ratio=scores.motion.ratio_to(clips[0].scores.motion if clips else scores.motion),
+                        deviation=mean(deviations),
+                        deviation_by_sigma=deviation_by_sigma([point.sigma for point in path], deviations),
+                    )
+                )
+                bar.update()
+            rows.append(Row(sample.character, sample.prompt, sample.seed, picture_file, tuple(clips)))
+    return tuple(rows)
+
+
+def _identity(video: Tensor, reference: Tensor, embedder: Embedder) -> IdentityScores:
+    return identity_scores(embed_frames(video, embedder), embed_frames(reference[:, None], embedder)[0])
+
+
+def _title(lora_path: str) -> str:
+    path = Path(lora_path).resolve()
+    name = path.parent.name if path.name.startswith(("checkpoint-", "pytorch_lora_weights", "lora")) else path.stem
+    return readable(name.replace("-", " ")).capitalize()
+
+
+def _settings(config: CompareConfig, pipeline: Pipeline, adapters: Sequence[AdapterInfo]) -> dict[str, Any]:
+    first = adapters[0]
+    return {
+        "Base model": config.pipeline_dir,
+        "LoRA": ", ".join(Path(adapter.source).name for adapter in adapters),
+        "Rank, alpha, layers": f"{first.rank}, {first.alpha:g}, {first.layers}",
+        "Frames": config.video_length,
+        "Sampling steps": config.num_inference_steps or default_steps(pipeline),
+        "Guidance scale": pipeline.guider.guidance_scale,
+        "Seeds": ", ".join(map(str, config.seeds)),
+        "Precision": config.dtype,
+    }
+
+
+def command_of(config: CompareConfig) -> str:
+    """Returns the command that makes this page again, without settings left at their defaults."""
+    plain = CompareConfig(config.pipeline_dir, config.lora_path, config.images, config.output_dir)
+    parts = ["vflora compare"]
+    for name, value in vars(config).items():
+        if value == getattr(plain, name) and name not in ("pipeline_dir", "lora_path", "images", "output_dir"):
+            continue
+        values = value if isinstance(value, list) else [value]
+        parts.append(f"--{name} " + " ".join(shlex.quote(str(v)) for v in values))
+    return " \\\n  ".join(parts)

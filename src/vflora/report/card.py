@@ -1,0 +1,122 @@
+"""The Hugging Face model card that goes with the page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vflora.report.records import BASE, Comparison, scale_name
+from vflora.video_io import frame_grid, read_mp4
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LICENCE = {
+    "license": "other",
+    "license_name": "tencent-hunyuan-community",
+    "license_link": "https://huggingface.co/tencent/HunyuanVideo-1.5/blob/main/LICENSE",
+}
+
+
+def write_card(comparison: Comparison, folder: Path, *, base_model: str | None) -> Path:
+    """Writes README.md and preview.png into `folder`, beside the page.
+
+    Args:
+        comparison: what was found.
+        folder: that will be uploaded.
+        base_model: hub name of the base model; a local path names none.
+
+    Returns:
+        The card.
+    """
+    videos, labels = [], []
+    for row in comparison.ranked()[:2]:
+        for scale in (BASE, comparison.best_scale):
+            videos.append(read_mp4(row.at(scale).path)[0])
+            labels.append(f"{row.character[:18]}, {'' if scale == BASE else 'LoRA '}{scale_name(scale)}")
+    frame_grid(videos, labels).save(folder / "preview.png")
+    card = folder / "README.md"
+    card.write_text(card_text(comparison, base_model), encoding="utf-8")
+    return card
+
+
+def card_text(comparison: Comparison, base_model: str | None) -> str:
+    """Returns the card: metadata, what was measured, how to use it."""
+    hub_name = base_model if base_model and _HUB_NAME.fullmatch(base_model) else None
+    parts = [
+        "---\n" + yaml.safe_dump(_metadata(hub_name), sort_keys=False) + "---",
+        f"# {comparison.title}",
+        *([f"> {comparison.notice}"] if comparison.notice else []),
+        "A LoRA that teaches an image-to-video model its characters from still images alone, made with vflora: "
+        "distilled from the base model to keep its motion, with an identity loss that keeps the character.",
+        "![Base and LoRA, frames from the first to the last](preview.png)",
+        f"[index.html](index.html) plays all videos side by side; the scale that keeps at least 80 % of the motion "
+        f"with the most identity is **{scale_name(comparison.best_scale)}**.",
+        "## Numbers",
+        _summary(comparison),
+        f"Identity is the cosine between a frame and the reference picture as {comparison.judge} sees them, over the "
+        "last quarter of the frames; the training did not optimise that embedder. Motion is the median ratio to the "
+        "base model at the same seed. Distance is the mean squared error of the velocity against the base model's.",
+        f"### By character, at scale {scale_name(comparison.best_scale)}",
+        _by_character(comparison),
+        "## Use",
+        _usage(comparison, hub_name),
+        "## Settings of the comparison",
+        "```bash\n" + comparison.command + "\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(hub_name: str | None) -> dict[str, Any]:
+    based = {"base_model": hub_name, "base_model_relation": "adapter", **_LICENCE} if hub_name else {}
+    return {
+        **based,
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-video",
+        "tags": ["lora", "image-to-video", "hunyuanvideo-1.5", "vflora"],
+    }
+
+
+def _summary(comparison: Comparison) -> str:
+    lines = ["| | identity, last quarter | drift over the clip | motion | distance |", "|---|---|---|---|---|"]
+    for scale in (BASE, *comparison.scales):
+        lines.append(
+            f"| {'' if scale == BASE else 'LoRA '}{scale_name(scale)} | {comparison.identity(scale):.3f} "
+            f"| {comparison.drift(scale):+.3f} | {100 * comparison.motion(scale):.0f} % "
+            f"| {comparison.deviation(scale):.2g} |"
+        )
+    return "\n".join(lines)
+
+
+def _by_character(comparison: Comparison) -> str:
+    best = comparison.best_scale
+    lines = ["| character | base | LoRA | gain | motion |", "|---|---|---|---|---|"]
+    for row in comparison.ranked():
+        clip = row.at(best)
+        name = row.character.replace("|", "\\|")
+        lines.append(
+            f"| {name} | {row.at(BASE).identity:.3f} | {clip.identity:.3f} | {row.gain(best):+.3f} "
+            f"| {100 * clip.motion_ratio:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def _usage(comparison: Comparison, hub_name: str | None) -> str:
+    scale = f"{comparison.best_scale:g}"
+    model = hub_name or "/path/to/base_model"
+    return f"""```bash
+vflora generate --model_path {model} --image_path picture.png --prompt "..." \\
+  --lora_path pytorch_lora_weights.safetensors --lora_scale {scale}
+```
+
+or with diffusers:
+
+```python
+import torch
+from diffusers import HunyuanVideo15ImageToVideoPipeline
+
+pipeline = HunyuanVideo15ImageToVideoPipeline.from_pretrained("{model}", dtype=torch.bfloat16)
+pipeline.transformer.load_lora_adapter("pytorch_lora_weights.safetensors", prefix="transformer", adapter_name="vflora")
+pipeline.transformer.set_adapters("vflora", {scale})
+```"""

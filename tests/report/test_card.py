@@ -1,0 +1,39 @@
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from vflora.report import write_card
+from vflora.report.card import card_text
+
+
+@pytest.fixture
+def comparison(tmp_path, make_comparison):
+    return make_comparison(tmp_path, gains=(("Momo", 0.5), ("Zig | Zag", -0.2)), notice="Small models.")
+
+
+def test_the_hub_reads_its_metadata(comparison):
+    data = ModelCard(card_text(comparison, "tencent/HunyuanVideo-1.5")).data
+    assert data.base_model == "tencent/HunyuanVideo-1.5"
+    assert data.license == "other"
+    assert data.get("license_name") == "tencent-hunyuan-community"
+    assert data.pipeline_tag == "image-to-video"
+    assert data.library_name == "diffusers"
+    assert "lora" in data.tags
+
+
+@pytest.mark.parametrize("place", [None, "/models/480p_i2v", "models"])
+def test_a_model_that_is_not_on_the_hub_is_not_named_as_base_and_gets_no_licence(comparison, place):
+    data = ModelCard(card_text(comparison, place)).data.to_dict()
+    assert "base_model" not in data
+    assert "license" not in data
+
+
+def test_card_and_preview_lie_beside_each_other_and_the_numbers_are_in_tables(comparison, tmp_path):
+    text = write_card(comparison, tmp_path, base_model=None).read_text()
+    assert "> Small models." in text
+    assert "| Momo |" in text
+    assert "| Zig \\| Zag |" in text
+    assert text.index("| Momo |") < text.index("| Zig")
+    assert f"| LoRA 0.5 | {comparison.identity(0.5):.3f} |" in text
+    with Image.open(tmp_path / "preview.png") as preview:
+        assert preview.width > preview.height

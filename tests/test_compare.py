@@ -1,0 +1,161 @@
+import dataclasses
+import json
+import shlex
+
+import pytest
+import torch
+from PIL import Image
+
+from vflora.compare import CompareConfig, command_of, run
+from vflora.errors import UserError
+from vflora.models.lora import ADAPTER, add_lora
+from vflora.models.lora_formats import from_transformer, read_lora, write_lora
+from vflora.models.random_weights import small_pipeline, small_transformer
+from vflora.video_io import read_mp4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A small random model in diffusers' layout, a strong adapter, and two pictures."""
+    root = tmp_path_factory.mktemp("compare")
+    small_pipeline().save_pretrained(root / "model")
+    transformer = small_transformer()
+    add_lora(transformer, rank=2, alpha=2, dropout=0.0, targets=None, seed=0)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    write_lora(from_transformer(transformer, ADAPTER), root / "creatures" / "checkpoint-9" / "lora", "diffusers")
+    (root / "pictures").mkdir()
+    for name, colour in (("momo", "teal"), ("little_wren", "orange")):
+        Image.new("RGB", (80, 60), colour).save(root / "pictures" / f"{name}.png")
+    return root
+
+
+def settings(root, folder, **options):
+    defaults = {
+        "pipeline_dir": str(root / "model"),
+        "lora_path": [str(root / "creatures" / "checkpoint-9")],
+        "images": [root / "pictures"],
+        "output_dir": folder,
+        "lora_scales": [1.0, 0.5],
+        "prompts": ["{character} waves"],
+        "video_length": 9,
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "dtype": "fp32",
+        "device": "cpu",
+    }
+    return CompareConfig(**defaults | options)
+
+
+@pytest.fixture(scope="module")
+def made(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    run(settings(root, folder, notice="Random models: noise is expected."))
+    return folder
+
+
+def test_the_folder_is_ready_to_upload(made, root):
+    names = {path.name for path in made.iterdir()}
+    assert names == {
+        "index.html",
+        "index.json",
+        "README.md",
+        "preview.png",
+        "pictures",
+        "videos",
+        "pytorch_lora_weights.safetensors",
+    }
+    assert len(list((made / "videos").glob("*.mp4"))) == 6
+    given = read_lora(root / "creatures" / "checkpoint-9" / "lora").modules
+    kept = read_lora(made / "pytorch_lora_weights.safetensors").modules
+    assert given.keys() == kept.keys()
+    assert all(torch.equal(kept[name].delta(), given[name].delta()) for name in given)
+    assert "Random models: noise is expected." in (made / "README.md").read_text()
+    assert "<h1>Creatures</h1>" in (made / "index.html").read_text()
+
+
+def test_every_row_has_the_base_and_then_the_scales_in_order(made):
+    rows = json.loads((made / "index.json").read_text())["rows"]
+    assert [row["character"] for row in rows] == ["little wren", "momo"]
+    assert [row["prompt"] for row in rows] == ["little wren waves", "momo waves"]
+    for row in rows:
+        assert [clip["scale"] for clip in row["clips"]] == [0.0, 0.5, 1.0]
+        assert (made / row["picture"]).is_file()
+        for clip in row["clips"]:
+            frames, _ = read_mp4(made / clip["video"])
+            assert len(frames) == len(clip["identity"]["cosines"]) == 9
+
+
+def test_the_base_is_its_own_measure_and_the_distance_grows_with_the_scale(made):
+    for row in json.loads((made / "index.json").read_text())["rows"]:
+        base, half, full = row["clips"]
+        assert base["teacher_deviation"] == 0.0
+        assert base["motion_ratio"] == 1.0
+        assert 0 < half["teacher_deviation"] < full["teacher_deviation"]
+        bins = full["teacher_deviation_by_sigma"]
+        assert bins
+        assert all(value > 0 for value in bins.values())
+
+
+def test_the_base_video_is_that_of_the_model_without_any_adapter(made, root, tmp_path):
+    from vflora.generate import GenerateConfig
+    from vflora.generate import run as generate
+
+    path = generate(
+        GenerateConfig(
+            prompt="momo waves",
+            model_path=str(root / "model"),
+            image_path=root / "pictures" / "momo.png",
+            video_length=9,
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            dtype="fp32",
+            device="cpu",
+            output_path=tmp_path / "base.mp4",
+        )
+    )
+    assert path.read_bytes() == (made / "videos" / "01-momo-0.mp4").read_bytes()
+
+
+def test_the_printed_command_has_every_setting_that_was_chosen(made, root):
+    command = json.loads((made / "index.json").read_text())["command"]
+    words = shlex.split(command)
+    assert words[:2] == ["vflora", "compare"]
+    for flag, values in (("--lora_scales", ["1.0", "0.5"]), ("--prompts", ["{character} waves"]), ("--seeds", None)):
+        if values is None:
+            assert flag not in words  # left at its default
+        else:
+            place = words.index(flag)
+            assert words[place + 1 : place + 1 + len(values)] == values
+    assert {word for word in words if word.startswith("--")} <= {
+        f"--{f.name}" for f in dataclasses.fields(CompareConfig)
+    }
+    assert command == command_of(settings(root, made, notice="Random models: noise is expected."))
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        ({"video_length": 60}, "use 57 or 61"),
+        ({"lora_scales": [0.5, 0.5]}, "different positive numbers"),
+        ({"lora_scales": [0.0]}, "the base is always shown"),
+        ({"dino_model_dir": "a"}, "give both or neither"),
+        ({"seeds": []}, "at least one number"),
+        ({"lora_path": []}, "name the LoRA"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(root, tmp_path, options, fix):
+    with pytest.raises(UserError, match=fix):
+        settings(root, tmp_path, **options)
+
+
+def test_missing_files_are_named_before_anything_is_loaded(root, tmp_path):
+    for options, fix in (
+        ({"lora_path": ["missing.safetensors"]}, "no adapter at missing.safetensors"),
+        ({"images": [tmp_path]}, "no pictures in"),
+        ({"images": [tmp_path / "x.png"]}, "check --images"),
+    ):
+        with pytest.raises(UserError, match=fix):
+            run(settings(root, tmp_path / "out", pipeline_dir="./nowhere", **options))
+    assert not (tmp_path / "out").exists()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import torch
 import torch._dynamo
 from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import AutoencoderKLHunyuanVideo15
 from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideo15TransformerBlock,
@@ -23,6 +24,7 @@ from torch import nn
 from vflora.config import require
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import FastTeacher
+from vflora.models.light_decoder import lighten_decoder
 from vflora.models.offload import BlockOffload
 from vflora.models.precision import Fp8Switch, check_fp8, quantize_blocks
 from vflora.models.recompute import BlockRecompute, Recompute
@@ -69,6 +71,21 @@ class SpeedConfig:
             not (self.rollout_precision == "fp8" and self.weight_storage == "int8"),
             "--rollout_precision fp8 cannot multiply int8 weights: use --weight_storage fp8 or full.",
         )
+
+
+PRESETS: dict[str, SpeedConfig] = {
+    "exact": SpeedConfig(),
+    "fast": SpeedConfig(compile=True, attention_backend="cudnn", rollout_precision="fp8", id_decode_recompute=False),
+    "low_memory": SpeedConfig(weight_storage="int8", enable_gradient_checkpointing="true", id_decode_tile=128),
+}
+"""What a mode stands for."""
+
+
+def with_preset(mode: str, speed: SpeedConfig) -> SpeedConfig:
+    """Returns the settings of a mode, with those of `speed` that are not their default on top."""
+    plain = SpeedConfig()
+    asked = {f.name: getattr(speed, f.name) for f in fields(speed)}
+    return replace(PRESETS[mode], **{name: v for name, v in asked.items() if v != getattr(plain, name)})
 
 
 @dataclass
@@ -126,6 +143,11 @@ def accelerate(
     if config.compile:
         compile_blocks(transformer)
     return Acceleration(config, switch, recompute)
+
+
+def accelerate_decoder(vae: AutoencoderKLHunyuanVideo15, config: SpeedConfig) -> None:
+    """Gives the frozen VAE the decoder that remembers little, in place; compiled if `config` says so."""
+    lighten_decoder(vae, compiled=config.compile)
 
 
 def compile_blocks(transformer: HunyuanVideo15Transformer3DModel) -> None:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-NUMBERS = 16
+NUMBERS = 15
 """Numbers of a background: base hue, hue shift, lightness, saturation; drift; and for each of two rows of hills
-height, amplitude, waves, phase, shade; one spare waviness."""
+height, amplitude, waves, phase, shade."""
 
 
 def sample_backgrounds(count: int, generator: torch.Generator) -> Tensor:
@@ -25,7 +25,7 @@ def sample_backgrounds(count: int, generator: torch.Generator) -> Tensor:
     drift = [signed(0.002, 0.005)]
     far = [uniform(0.35, 0.65), uniform(0.02, 0.07), uniform(0.8, 1.7), uniform(0, 1), uniform(0.04, 0.07)]
     near = [uniform(0.65, 0.92), uniform(0.02, 0.05), uniform(1.0, 2.2), uniform(0, 1), uniform(0.05, 0.08)]
-    return torch.stack([*sky, *drift, *far, *near, uniform(0, 1)], dim=1)
+    return torch.stack([*sky, *drift, *far, *near], dim=1)
 
 
 def draw_backgrounds(backdrop: Tensor, frames: int, size: int) -> Tensor:
@@ -47,7 +47,7 @@ def draw_backgrounds(backdrop: Tensor, frames: int, size: int) -> Tensor:
     top = light + 0.05
     lightness = top - 0.07 * y
     lightness = lightness.expand(len(backdrop), frames, size, size)
-    for speed, (height, swell, waves, phase, shade) in ((0.6, hills[:5]), (1.0, hills[5:10])):
+    for speed, (height, swell, waves, phase, shade) in ((0.6, hills[:5]), (1.0, hills[5:])):
         where = waves * (x + drift * speed * time) + phase
         ridge = height - swell * torch.sin(math.tau * where) - 0.4 * swell * torch.sin(2 * math.tau * where + 1.0)
         covered = ((y - ridge) * size + 0.5).clamp(0, 1)

@@ -1,0 +1,158 @@
+"""`vflora bench accuracy`: how far each approximation is from the exact step."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.models.speed import SpeedConfig
+from vflora.random_streams import keyed_generator, keyed_noise
+from vflora.step_clock import StepClock
+from vflora.train import _learn
+
+logger = logging.getLogger(__name__)
+
+_LORA_B_STD = 0.01  # a LoRA in the middle of its training: its layers' outputs are moved by about 2 %
+_PROBE_SIGMA = 0.7
+
+
+@dataclass(frozen=True)
+class BenchAccuracySettings:
+    """Flags of `vflora bench accuracy`."""
+
+    bench: BenchConfig
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take a step.
+
+    Attributes:
+        name: for the table.
+        speed: switches.
+        bench: settings of the measurement that differ from the exact ones.
+        needs_cuda: whether a CPU cannot do it, or not as it is meant.
+    """
+
+    name: str
+    speed: SpeedConfig
+    bench: dict[str, Any]
+    needs_cuda: bool = False
+
+
+VARIANTS = (
+    Variant(
+        "compiled blocks, cuDNN attention (rounding)", SpeedConfig(compile=True, attention_backend="cudnn"), {}, True
+    ),
+    Variant("decoder in tiles (rounding)", SpeedConfig(id_decode_tile=128), {}),
+    Variant("fp8 rollouts", SpeedConfig(rollout_precision="fp8"), {}),
+    Variant("every second rollout point", SpeedConfig(rollout_stride=2), {}),
+    Variant("every third rollout point", SpeedConfig(rollout_stride=3), {}),
+    Variant("int8 weights", SpeedConfig(weight_storage="int8"), {}),
+    Variant("fp8 weights", SpeedConfig(weight_storage="fp8"), {}),
+    Variant("half-size decode (area)", SpeedConfig(), {"id_decode_downsample_mode": "area"}),
+    Variant("half-size decode (bicubic)", SpeedConfig(), {"id_decode_downsample_mode": "bicubic"}),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step comes to.
+
+    Attributes:
+        velocity: the teacher's, at a fixed input, in the precision of rollouts.
+        state: x_t at the deepest point of the rollout.
+        gradient: of the LoRA, all of it in one vector.
+    """
+
+    velocity: Tensor
+    state: Tensor
+    gradient: Tensor
+
+
+def run(settings: BenchAccuracySettings) -> None:
+    """Takes the first step exactly and in every other way, and prints how they differ.
+
+    Raises:
+        UserError: for settings that cannot work.
+    """
+    config = settings.bench
+    exact = _outcome(config, SpeedConfig())
+    on_cuda = config_device(config).type == "cuda"
+    rows = []
+    for variant in tqdm([v for v in VARIANTS if on_cuda or not v.needs_cuda], desc="variants"):
+        outcome = _outcome(replace(config, **variant.bench), variant.speed)
+        rows.append({"name": variant.name, **compare(outcome, exact)})
+        tqdm.write(line(rows[-1]))
+    tqdm.write("\n".join([HEADER, *map(line, rows)]))
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        bench = {k: str(v) if k == "output" else v for k, v in asdict(config).items()}
+        config.output.write_text(json.dumps({"torch": torch.__version__, "bench": bench, "rows": rows}, indent=1))
+
+
+def config_device(config: BenchConfig) -> torch.device:
+    """Returns the device that the measurement runs on."""
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(chosen if config.device == "auto" else config.device)
+
+
+def compare(outcome: Outcome, exact: Outcome) -> dict[str, float]:
+    """Returns relative errors of velocity and state, and the cosine and relative error of the gradient."""
+    return {
+        "velocity_error": relative_error(outcome.velocity, exact.velocity),
+        "state_error": relative_error(outcome.state, exact.state),
+        "gradient_cosine": torch.cosine_similarity(outcome.gradient, exact.gradient, dim=0).item(),
+        "gradient_error": relative_error(outcome.gradient, exact.gradient),
+    }
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Returns |value - expected| / |expected|."""
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+HEADER = f"{'':<46}{'velocity':>10}{'state':>10}{'gradient cosine':>17}{'gradient':>10}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """Formats one row of the table."""
+    return (
+        f"{row['name']:<46}{row['velocity_error']:>10.1e}{row['state_error']:>10.1e}"
+        f"{row['gradient_cosine']:>17.6f}{row['gradient_error']:>10.1e}"
+    )
+
+
+def _outcome(config: BenchConfig, speed: SpeedConfig) -> Outcome:
+    setting = build_setting(config, speed)
+    _train_a_little(setting)
+    clock = StepClock(setting.device)
+    (lesson,) = setting.source.lessons(0, clock)
+    latents = keyed_noise(tuple(lesson.trajectory.latents.shape[1:]), "probe").to(setting.device)
+    with setting.acceleration.switch.turned_on(), setting.denoiser.teacher():
+        velocity = setting.denoiser.velocity(latents, _PROBE_SIGMA, lesson.conditions)
+    _learn(cast(Any, setting), lesson, 0, 0, clock)
+    gradient = torch.cat([g.flatten() for g in setting.optimizer.gradients()])
+    outcome = Outcome(velocity.cpu(), lesson.trajectory.latents[-1].cpu(), gradient.double().cpu())
+    del setting, lesson, clock
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return outcome
+
+
+@torch.no_grad()
+def _train_a_little(setting: Setting) -> None:
+    """Gives the LoRA's B factors values: at zero, student and teacher agree and half of the gradient is missing."""
+    for name, parameter in setting.denoiser.lora_parameters().items():
+        if "lora_B" in name:
+            value = torch.randn(parameter.shape, generator=keyed_generator("lora_B", name))
+            parameter.copy_(value * _LORA_B_STD)

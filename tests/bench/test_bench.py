@@ -1,0 +1,54 @@
+"""The measurements run at small size and say what they should."""
+
+import json
+
+import pytest
+
+from vflora.bench import accuracy, ratio, step
+from vflora.bench.accuracy import BenchAccuracySettings
+from vflora.bench.ratio import BenchRatioConfig
+from vflora.bench.setting import BenchConfig
+from vflora.bench.step import BenchStepSettings
+from vflora.models.speed import SpeedConfig
+
+SMALL = {"size": "small", "resolution": "32x32", "frames": 5, "dtype": "fp32", "device": "cpu"}
+
+
+@pytest.mark.parametrize("mode", ["exact", "low_memory"])
+def test_a_step_is_timed_part_by_part(tmp_path, mode):
+    output = tmp_path / "step.json"
+    config = BenchConfig(**SMALL, mode=mode, steps=1, output=output)
+    step.run(BenchStepSettings(config, SpeedConfig()))
+    result = json.loads(output.read_text())
+    assert set(result["parts_s"]) >= {"data", "rollout", "distillation", "identity", "optimizer"}
+    assert 0 < sum(v for k, v in result["parts_s"].items() if k != "step") <= result["parts_s"]["step"]
+    assert result["speed"]["weight_storage"] == ("int8" if mode == "low_memory" else "full")
+
+
+def test_shared_rollouts_are_spread_over_their_steps(tmp_path):
+    output = tmp_path / "step.json"
+    config = BenchConfig(**SMALL, steps=3, trajectory_reuse=3, output=output)
+    step.run(BenchStepSettings(config, SpeedConfig()))
+    result = json.loads(output.read_text())
+    assert len(result["steps_s"]) == 3
+    assert result["step_s"] == pytest.approx(sum(result["steps_s"]) / 3)
+
+
+def test_every_approximation_is_close_and_the_exact_ones_are_exact(tmp_path):
+    output = tmp_path / "accuracy.json"
+    accuracy.run(BenchAccuracySettings(BenchConfig(**SMALL, output=output)))
+    rows = {row["name"]: row for row in json.loads(output.read_text())["rows"]}
+    tiles = rows["decoder in tiles (rounding)"]
+    assert tiles["velocity_error"] == tiles["state_error"] == 0
+    assert tiles["gradient_error"] < 1e-4
+    assert 0 < rows["fp8 rollouts"]["velocity_error"] < 0.1
+    assert rows["every second rollout point"]["velocity_error"] == 0
+    assert 0 < rows["every second rollout point"]["state_error"] < 0.1
+    assert 0 < rows["int8 weights"]["velocity_error"] < rows["fp8 weights"]["velocity_error"] < 0.1
+    assert all(row["gradient_cosine"] > 0.99 for name, row in rows.items() if "half-size" not in name)
+
+
+def test_dropping_the_padding_and_sharing_the_weights_pay():
+    ratios = ratio.run(BenchRatioConfig(repeats=3))
+    assert ratios["time, padded and masked / dropped"] > 1.5
+    assert ratios["weights, second copy / adapters off"] > 1.8

@@ -89,9 +89,9 @@ def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:
     """
     sizes, device = sizes or WorldSizes(), config.torch_device()
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     for stage in _STAGES[config.stage]:
+        torch.backends.cudnn.benchmark = True
         clock = Clock(config.minutes)
         common = {
             "folder": config.output,
@@ -104,6 +104,7 @@ def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:
         }
         if stage == "vae":
             vae = train_vae(sizes, _sized(VaeTraining(), config), **common)
+            torch.backends.cudnn.benchmark = False  # a gate sees every shape once
             _measure_vae(vae, sizes, config, device)
         elif stage == "dino":
             settings = DinoTraining()

@@ -11,7 +11,7 @@ import torch
 from webdataset import utils as wds_utils
 
 from vflora.data.config import DataConfig
-from vflora.data.pipeline import TrainLoader
+from vflora.data.pipeline import TrainLoader, slot_stream
 from vflora.data.schema import DataSet
 from vflora.errors import UserError
 from vflora.types import Batch
@@ -78,7 +78,9 @@ def test_the_pictures_are_those_of_the_keys(kit, config):
             assert image.permute(1, 2, 0).numpy().tobytes() == expected.tobytes()
 
 
-def test_the_anchor_is_another_picture_of_the_same_character_or_the_reference_itself(kit, config):
+@pytest.mark.parametrize("damaged", [set(), {"ada-0", "cleo-1", "cleo-2", "cleo-3", "bob-5"}])
+def test_the_anchor_is_another_picture_of_the_same_character_or_the_reference_itself(kit, config, damaged):
+    damage(kit, config.wds_root, damaged)
     pictures = {
         kit.picture(1000 * identity + i).tobytes(): name
         for identity, name in enumerate(("ada", "bob", "cleo"))
@@ -164,6 +166,17 @@ def test_damaged_pictures_are_skipped_and_named(kit, config, workers, caplog):
     assert set(loader.faults) == {"train-000000.tar: ada-0", "train-000001.tar: cleo-3"}
     assert {"ada-0", "cleo-3"}.isdisjoint(seen)
     assert sum("Skipped train-000000.tar: ada-0" in message for message in caplog.messages) == 1
+
+
+def test_what_stands_in_for_a_damaged_picture_varies(kit, config):
+    damage(kit, config.wds_root, {"ada-0"})
+    config = replace(config, batch_size=1, p_secondary=0.0)
+    dataset = DataSet.open(config.wds_root, "species", "train")
+    draws = islice(slot_stream(dataset, config, 1, "slot", 0), 90)
+    numbers = [number for number, draw in enumerate(draws) if draw.sample.key == "ada-0"]
+    keys = [batch.keys[0] for batch in load(config, 90)]
+    assert len(numbers) > 8
+    assert len({keys[number] for number in numbers}) > 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,10 +8,12 @@ from PIL import Image
 
 from vflora.compare import CompareConfig, command_of, run
 from vflora.errors import UserError
+from vflora.inference import load_for_sampling, open_image
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import from_transformer, read_lora, write_lora
 from vflora.models.random_weights import small_pipeline, small_transformer
-from vflora.video_io import read_mp4
+from vflora.sampling import generate_video
+from vflora.video_io import enlarge, read_mp4, to_uint8_frames, write_mp4
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +101,11 @@ def test_the_base_is_its_own_measure_and_the_distance_grows_with_the_scale(made)
 
 
 def test_the_base_video_is_that_of_the_model_without_any_adapter(made, root, tmp_path):
-    from vflora.generate import GenerateConfig
-    from vflora.generate import run as generate
-
-    path = generate(
-        GenerateConfig(
-            prompt="momo waves",
-            model_path=str(root / "model"),
-            image_path=root / "pictures" / "momo.png",
-            video_length=9,
-            num_inference_steps=3,
-            guidance_scale=2.0,
-            dtype="fp32",
-            device="cpu",
-            output_path=tmp_path / "base.mp4",
-        )
-    )
-    assert path.read_bytes() == (made / "videos" / "01-momo-0.mp4").read_bytes()
+    pipeline = load_for_sampling(str(root / "model"), "480p_i2v", "fp32", "cpu")
+    picture = open_image(root / "pictures" / "momo.png")
+    video = generate_video(pipeline, picture, "momo waves", seed=123, frames=9, steps=3, guidance_scale=2.0)
+    alone = write_mp4(tmp_path / "base.mp4", enlarge(to_uint8_frames(video)))
+    assert alone.read_bytes() == (made / "videos" / "01-momo-0.mp4").read_bytes()
 
 
 def test_the_printed_command_has_every_setting_that_was_chosen(made, root):

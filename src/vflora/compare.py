@@ -29,7 +29,7 @@ from vflora.report import Clip, Comparison, Row, write_card, write_page
 from vflora.report.records import BASE
 from vflora.samples import Sample, find_samples, readable
 from vflora.sampling import Pipeline, default_steps, fit_image, generate_video
-from vflora.video_io import write_mp4
+from vflora.video_io import enlarge, to_uint8_frames, write_mp4
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,9 @@ def compare(
                 clips.append(
                     Clip(
                         scale=scale,
-                        path=write_mp4(folder / "videos" / f"{stem}-{scale:g}.mp4", video, fps),
+                        path=write_mp4(
+                            folder / "videos" / f"{stem}-{scale:g}.mp4", enlarge(to_uint8_frames(video)), fps
+                        ),
                         scores=scores,
                         trained_identity=None if trained is None else _identity(video, reference, trained),
                         motion_ratio=scores.motion.ratio_to(clips[0].scores.motion if clips else scores.motion),

@@ -42,6 +42,19 @@ def to_uint8_frames(video: Tensor | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(frames)
 
 
+def enlarge(frames: np.ndarray, side: int = 320) -> np.ndarray:
+    """Repeats the pixels of small frames as often as they fit into `side`; larger frames stay as they are.
+
+    H.264 for browsers keeps colour at half the resolution, which would smear frames of a few dozen pixels.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        side: longest side of the result at most, in pixels.
+    """
+    factor = max(1, side // max(frames.shape[1:3]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else frames
+
+
 def write_mp4(
     path: str | Path,
     video: Tensor | np.ndarray,
@@ -150,17 +163,16 @@ def _fit_for_h264(frames: np.ndarray, max_side: int | None) -> np.ndarray:
     if max_side is not None and max(height, width) > max_side:
         scale = max_side / max(height, width)
         size = (max(2, round(width * scale)), max(2, round(height * scale)))
-        frames = np.stack(
-            [np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in frames]
-        )
+        frames = np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in frames])
         height, width = frames.shape[1:3]
     return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def _encode(path: str, frames: np.ndarray, fps: float, crf: int) -> None:
     with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        # one thread: the bytes then do not depend on the machine, and short clips gain nothing from more
-        options = {"crf": str(crf), "preset": "medium", "threads": "1"}
+        # The same frames give the same bytes: one thread, and without x264's macroblock tree, whose result was
+        # seen to change from call to call on equal input.
+        options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         # players assume BT.709 limited range for H.264; untagged files shift colours between them

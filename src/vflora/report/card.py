@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -34,7 +35,9 @@ def write_card(comparison: Comparison, folder: Path, *, base_model: str | None) 
     for row in comparison.ranked()[:2]:
         for scale in (BASE, comparison.best_scale):
             videos.append(read_mp4(row.at(scale).path)[0])
-            labels.append(f"{row.character[:18]}, {'' if scale == BASE else 'LoRA '}{scale_name(scale)}")
+            labels.append(
+                f"{shorten(row.character, 24, placeholder='…')}, {'' if scale == BASE else 'LoRA '}{scale_name(scale)}"
+            )
     frame_grid(videos, labels).save(folder / "preview.png")
     card = folder / "README.md"
     card.write_text(card_text(comparison, base_model), encoding="utf-8")

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from vflora.errors import UserError
 from vflora.report.plots import identity_plot, motion_plot, tradeoff_plot
 from vflora.report.records import BASE, Clip, Comparison, scale_name
-from vflora.video_io import read_mp4, write_mp4
+from vflora.video_io import enlarge, read_mp4, write_mp4
 
 _SMALL_SIDE = 320
-"""Videos with both sides below half of this are enlarged pixel by pixel: 4:2:0 would smear their colours."""
+"""Pictures and videos of which two or more fit into this are enlarged to it, pixel by pixel."""
 _ENCODINGS = ((480, 20), (480, 25), (416, 28), (352, 30), (288, 32), (224, 34))
 """Longest side and quality to try, one after the other, until the page is small enough."""
 
@@ -114,18 +114,13 @@ def _poster(clip: Clip) -> str:
 
 def _encoded(clip: Clip, side: int, crf: int, fps: float) -> bytes:
     frames, _ = read_mp4(clip.path)
-    factor = _SMALL_SIDE // max(frames.shape[1:3])
-    if factor >= 2:
-        frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    frames = enlarge(frames, _SMALL_SIDE)
     with tempfile.TemporaryDirectory() as folder:
         return write_mp4(Path(folder) / "clip.mp4", frames, fps, crf=crf, max_side=side).read_bytes()
 
 
 def _data_uri(image: Image.Image, side: int) -> str:
-    image = image.convert("RGB")
-    factor = side // max(image.size)
-    if factor >= 2:
-        image = Image.fromarray(np.asarray(image).repeat(factor, axis=0).repeat(factor, axis=1))
+    image = Image.fromarray(enlarge(np.asarray(image.convert("RGB"))[None], side)[0])
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)

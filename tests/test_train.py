@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from vflora.cli import main, parse
+from vflora.models.random_original import write_small_original
 from vflora.train import run
 from vflora.training_setup import set_up
 
@@ -24,6 +26,12 @@ def losses(folder):
         for row in metrics(folder)
         if "loss/distill" in row
     }
+
+
+def same(folder, other):
+    """Up to the order of sums, which the memory layout of the weights decides on CPUs."""
+    ours, theirs = ([float.fromhex(x) for row in losses(f).values() for x in row] for f in (folder, other))
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-9)
 
 
 def test_first_step_has_no_distillation_loss_because_the_student_is_the_teacher(train_flags, tmp_path):
@@ -60,11 +68,11 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(train_flags, tm
     script = (
         "import os, signal, sys, vflora.train as train\n"
         "from vflora.cli import parse\n"
-        "learn = train._learn\n"
+        "learn = train.learn\n"
         "def killed(training, lesson, step, *rest):\n"
         "    if step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return learn(training, lesson, step, *rest)\n"
-        "train._learn = killed\n"
+        "train.learn = killed\n"
         "import torch; torch.set_num_threads(1)\n"
         "train.run(parse('train', sys.argv[1:]))\n"
     )
@@ -154,6 +162,43 @@ def test_a_run_can_start_from_a_lora(train_flags, tmp_path):
     flags = [*train_flags, "--max_train_steps", "1", "--pretrained_lora_path", str(folder / "lora")]
     run(parse("train", flags))
     assert metrics(tmp_path / "run")[0]["loss/distill"] > 0.0
+
+
+def test_a_run_starts_from_the_weights_as_first_published(train_flags, small_models, tmp_path):
+    write_small_original(tmp_path / "original")
+    flags = [*train_flags, "--max_train_steps", "2", "--pipeline_dir"]
+    run(parse("train", [*flags, str(tmp_path / "original"), "--output_dir", str(tmp_path / "first")]))
+    run(parse("train", [*flags, str(small_models / "pipeline"), "--output_dir", str(tmp_path / "second")]))
+    assert list(losses(tmp_path / "first")) == [1, 2]
+    assert losses(tmp_path / "first")[1][0] == float(0).hex()
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ["--enable_gradient_checkpointing", "false"],
+        ["--block_offload"],
+        ["--id_decode_recompute", "false"],
+    ],
+)
+def test_switches_for_time_and_memory_change_no_loss_and_may_change_on_resume(train_flags, tmp_path, switch):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    run(parse("train", [*train_flags, "--output_dir", str(plain)]))
+    flags = [*train_flags, "--output_dir", str(other)]
+    run(parse("train", [*flags, "--max_train_steps", "4", "--save_every_steps", "2", *switch]))
+    same(other, plain)
+    shutil.rmtree(other / "checkpoint-4")
+    run(parse("train", [*flags, "--resume_from_checkpoint", "latest"]))
+    same(other, plain)
+
+
+def test_a_quick_teacher_changes_the_states_not_the_first_distillation_loss(train_flags, tmp_path):
+    flags = [*train_flags, "--gradient_accumulation_steps", "2", "--max_train_steps", "1"]
+    run(parse("train", [*flags, "--output_dir", str(tmp_path / "plain")]))
+    run(parse("train", [*flags, "--rollout_stride", "2", "--output_dir", str(tmp_path / "quick")]))
+    plain, quick = losses(tmp_path / "plain")[1], losses(tmp_path / "quick")[1]
+    assert plain[0] == quick[0] == float(0).hex()
+    assert plain[1] != quick[1]
 
 
 @pytest.mark.parametrize(

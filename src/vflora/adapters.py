@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 
 from vflora.errors import UserError
 from vflora.models.lora import target_pattern
-from vflora.models.lora_formats import LoraWeights, apply_lora, read_lora
+from vflora.models.lora_formats import LoraWeights, apply_lora, is_dcp, read_lora, read_reference_dcp
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,16 @@ class AdapterInfo:
 def find_adapter(path: str | Path) -> Path:
     """Returns where the adapter of `path` is: the lora folder of a training checkpoint, else the path itself.
 
+    The path itself may be a file, a folder with one, or a sharded checkpoint of the reference.
+
     Raises:
         UserError: if there is nothing, or a checkpoint without an adapter.
     """
     path = Path(path)
     if (path / "lora").is_dir():
         return path / "lora"
+    if is_dcp(path):
+        return path
     if path.is_dir() and not any(path.glob("*.safetensors")):
         raise UserError(
             f"{path} holds no adapter: give a checkpoint with a lora folder (checkpoint-1000) or a LoRA file."
@@ -70,14 +74,15 @@ def read_adapter(path: str | Path, *, alpha: float | None = None, targets: Seque
     """Reads an adapter of any format, from a file, a folder or a training checkpoint.
 
     Args:
-        path: where it is.
+        path: where it is. A sharded checkpoint of the reference records no alpha; it counts as 16, its default.
         alpha: instead of the one it was trained with; the strength changes in proportion.
         targets: keep these layers only, by original or diffusers names (see `target_pattern`).
 
     Raises:
         UserError: if there is no adapter, or no layer of it is a target.
     """
-    weights = read_lora(find_adapter(path))
+    place = find_adapter(path)
+    weights = read_reference_dcp(place) if is_dcp(place) else read_lora(place)
     modules = dict(weights.modules)
     if targets:
         pattern = re.compile(target_pattern(targets))

@@ -33,7 +33,7 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
             continue
         name, joined, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name not in kinds and name.startswith("no_") and kinds.get(name[3:]) is bool:
+        if name not in kinds and name.startswith("no_") and _is_switch(kinds.get(name[3:])):
             result += [f"--{name[3:]}", "false"]
             continue
         kind = kinds.get(name)
@@ -41,8 +41,8 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
             open_positionals.remove(name)
         if kind is None:
             result.append(f"--{name}" + (f"={value}" if joined else ""))
-        elif _is(kind, bool):
-            if not joined and words and words[0].lower() in _TRUE | _FALSE:
+        elif _is_switch(kind):
+            if not joined and words and words[0].lower() in {*_TRUE, *_FALSE, *get_args(kind)}:
                 value, joined = words.pop(0), "="
             result += [f"--{name}", _boolean(value) if joined else "true"]
         elif _is(kind, list):
@@ -61,6 +61,11 @@ def _is(kind: Any, wanted: type) -> bool:
     if get_origin(kind) in (typing.Union, types.UnionType):
         return any(_is(part, wanted) for part in get_args(kind)) and not any(_is(part, str) for part in get_args(kind))
     return kind is wanted or get_origin(kind) is wanted
+
+
+def _is_switch(kind: Any) -> bool:
+    """Whether a flag may stand alone: a bool, or a choice among words that has true in it."""
+    return _is(kind, bool) or (get_origin(kind) is typing.Literal and "true" in get_args(kind))
 
 
 def _is_flag(word: str) -> bool:

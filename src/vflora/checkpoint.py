@@ -12,9 +12,7 @@ A checkpoint is written under another name, synced to disk, and renamed: it is t
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -28,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from vflora.atomic import MANIFEST, require_space, sha256, write_folder
 from vflora.errors import UserError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -73,33 +72,23 @@ def save_checkpoint(
     Raises:
         UserError: if the disk has no room, before anything is written.
     """
-    final = output_dir / f"checkpoint-{state.step}"
-    needed = 2 * sum(t.numel() * t.element_size() for t in tensors.values()) + _SPARE_BYTES
     output_dir.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output_dir).free
-    if free < needed:
-        raise UserError(
-            f"{output_dir} has {free / 2**20:.0f} MiB free and a checkpoint takes up to {needed / 2**20:.0f}: "
-            "make room and resume from the last checkpoint, which is whole; --keep_checkpoints N bounds their number."
-        )
-    temporary = output_dir / f".checkpoint-{state.step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    with _single_process():
-        dcp.save(dict(tensors), checkpoint_id=temporary / "dcp", no_dist=True)
-    (temporary / "lora").mkdir()
-    write_adapter(temporary / "lora")
-    (temporary / "config.yaml").write_text(config_yaml)
-    (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2))
-    manifest = {str(p.relative_to(temporary)): _sha256(p) for p in _files(temporary)}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    _sync(temporary)
-    if final.exists():
-        # A run that went back to an earlier checkpoint comes by this step again.
-        final.rename(stale := output_dir / f".checkpoint-{state.step}.stale")
-        shutil.rmtree(stale)
-    temporary.rename(final)
-    _sync_folder(output_dir)
+    require_space(
+        output_dir,
+        2 * sum(t.numel() * t.element_size() for t in tensors.values()) + _SPARE_BYTES,
+        "make room and resume from the last checkpoint, which is whole; --keep_checkpoints N bounds their number.",
+    )
+
+    def fill(folder: Path) -> None:
+        with _single_process():
+            dcp.save(dict(tensors), checkpoint_id=folder / "dcp", no_dist=True)
+        (folder / "lora").mkdir()
+        write_adapter(folder / "lora")
+        (folder / "config.yaml").write_text(config_yaml)
+        (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
+
+    # A run that went back to an earlier checkpoint comes by this step again, and replaces what is there.
+    final = write_folder(output_dir / f"checkpoint-{state.step}", fill)
     for old in list_checkpoints(output_dir)[: -keep if keep else 0]:
         shutil.rmtree(old)
     return final
@@ -135,14 +124,14 @@ def verify_checkpoint(folder: Path) -> None:
         UserError: naming the file that is missing or differs.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no readable manifest.json: resume from another checkpoint.") from error
     for name, expected in manifest.items():
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path} is missing: resume from another checkpoint.")
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise UserError(f"{path} is damaged (its sha256 differs): resume from another checkpoint.")
 
 
@@ -170,28 +159,3 @@ def _single_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    for path in _files(folder):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        _sync_folder(inner)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

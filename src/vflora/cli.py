@@ -42,6 +42,27 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("picture and prompt -> video", "vflora.generate", "GenerateConfig"),
     "export": Command("checkpoint -> adapter file", "vflora.export", "ExportConfig"),
     "compare": Command("base and LoRA side by side, as one page", "vflora.compare", "CompareConfig"),
+    "convert-lora": Command(
+        "LoRA file -> file for another program",
+        "vflora.convert_lora",
+        "ConvertLoraConfig",
+        ("input_path", "output_path"),
+    ),
+    "convert": Command(
+        "model as first published -> diffusers folder",
+        "vflora.convert",
+        "ConvertConfig",
+        ("pipeline_dir", "output_dir"),
+    ),
+    "download": Command("everything a run needs: commands, or the files", "vflora.download", "DownloadConfig"),
+    "doctor": Command("what this machine and these folders lack", "vflora.doctor", "DoctorConfig"),
+    "world render": Command("pictures and clips of the miniature world", "vflora.world.gallery", "RenderConfig"),
+    "world pretrain": Command("train the models of the miniature world", "vflora.world.pretrain", "PretrainConfig"),
+    "bench step": Command("time and memory of a training step", "vflora.bench.step", "BenchStepSettings"),
+    "bench accuracy": Command(
+        "what each approximation costs in exactness", "vflora.bench.accuracy", "BenchAccuracySettings"
+    ),
+    "bench ratio": Command("what dropped padding and shared weights gain", "vflora.bench.ratio", "BenchRatioConfig"),
 }
 
 

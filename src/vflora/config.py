@@ -242,12 +242,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes and gradient recomputation."""
+    """Several processes."""
 
     enable_fsdp: bool = True
     """Shard the frozen base over all processes; one process has nothing to shard."""
-    enable_gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass instead of keeping them."""
     sp_size: int = 1
     """Processes that share one sample's tokens (sequence parallelism)."""
 

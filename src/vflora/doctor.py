@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import av
-import psutil  # comes with accelerate
+import psutil
 import torch
 
 from vflora.errors import UserError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,12 @@ from vflora.models.denoiser import Denoiser
 from vflora.random_streams import keyed_generator
 from vflora.types import Conditions, Trajectory
 
+if TYPE_CHECKING:
+    from vflora.models.fast_teacher import FastTeacher
+
 
 def rollout(
-    denoiser: Denoiser,
+    denoiser: Denoiser | FastTeacher,
     conditions: Conditions,
     noise: Tensor,
     sigmas: Tensor,

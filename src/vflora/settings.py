@@ -21,6 +21,7 @@ from vflora.config import (
 )
 from vflora.data.config import DataConfig
 from vflora.errors import UserError
+from vflora.models.speed import SpeedConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class TrainSettings:
     validation: ValidationConfig
     run: RunConfig
     distributed: DistributedConfig
+    speed: SpeedConfig
 
     def flat(self) -> dict[str, Any]:
         """Returns every setting under the name of its flag, as plain values."""
@@ -58,9 +60,11 @@ FREE_TO_CHANGE = frozenset(
     | {"pipeline_dir", "wds_root", "device", "num_workers", "max_bad_samples", "condition_cache", "dino_model_dir"}
     | {"condition_lookahead", "dino_head_path", "pretrained_lora_path", "max_train_steps", "prompt_bank"}
     | {"prompt_builder", "batch_size", "gradient_accumulation_steps"}
+    | {"compile", "attention_backend", "enable_gradient_checkpointing", "block_offload"}
+    | {"id_decode_recompute", "id_decode_tile"}
 )
-"""Settings that a resumed run may have otherwise: they say where things are, not what is learned. The batch may be
-split over another number of processes; its whole size is compared by itself."""
+"""Settings that a resumed run may have otherwise: they say where things are and how they are computed, not what is
+learned. The batch may be split over another number of processes; its whole size is compared by itself."""
 
 
 def require_same_recipe(saved: dict[str, Any], current: dict[str, Any], *, where: Path) -> None:

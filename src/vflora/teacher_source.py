@@ -12,6 +12,7 @@ from torch import Tensor
 from vflora.config import RolloutConfig
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
+from vflora.models.fast_teacher import FastTeacher
 from vflora.random_streams import keyed_generator, keyed_noise
 from vflora.rollout import points_for_block, rollout
 from vflora.step_clock import StepClock
@@ -49,7 +50,7 @@ class TeacherSource:
         start_batch: int,
         make_prompt: PromptMaker,
         encoder: ConditionEncoder,
-        denoiser: Denoiser,
+        denoiser: Denoiser | FastTeacher,
         config: RolloutConfig,
         sigmas: Tensor,
         latent_shape: tuple[int, int, int, int],
@@ -65,7 +66,7 @@ class TeacherSource:
             start_batch: batches used before this run began.
             make_prompt: turns a name into a prompt with a generator.
             encoder: prompts and pictures to conditions.
-            denoiser: whose base model is the teacher.
+            denoiser: whose base model is the teacher, or a quicker stand-in for it.
             config: of the rollout.
             sigmas: schedule [S + 1].
             latent_shape: C, T, H, W of one sample.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -14,16 +11,13 @@ import torch
 from tqdm import tqdm
 
 from vflora.checkpoint import RunState, save_checkpoint
-from vflora.errors import NonFiniteError
-from vflora.losses import identity_weight
+from vflora.learning import learn
 from vflora.models.lora import ADAPTER
 from vflora.models.lora_formats import build_header, from_transformer, write_lora
-from vflora.recipe import StepInputs, training_step
-from vflora.rollout import deep_index, harvest_indices
 from vflora.run_log import RunLog
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock
-from vflora.teacher_source import Lesson
+from vflora.stopping import stop_requests
 from vflora.training_setup import Training, set_up
 from vflora.types import LossReport
 
@@ -52,18 +46,19 @@ def _loop(training: Training, log: RunLog) -> Path:
     total = settings.optimizer.max_train_steps
     saved: Path | None = None
     with (
-        _stop_requests() as stop_requested,
+        stop_requests() as stop_requested,
         tqdm(total=total, initial=training.start_step, desc="training", unit="step") as bar,
     ):
         for step in range(training.start_step, total):
             began = time.perf_counter()
             clock = StepClock(training.device)
             reports = [
-                _learn(training, lesson, step, micro, clock)
+                learn(training, lesson, step, micro, clock)
                 for micro, lesson in enumerate(training.source.lessons(step, clock))
             ]
             with clock.part("optimizer"):
                 gradient_norm = training.optimizer.step(step + 1)
+            training.acceleration.end_step()
             done = step + 1
             metrics = _metrics(reports, gradient_norm, training.optimizer.learning_rate)
             metrics |= {f"seconds/{part}": value for part, value in clock.seconds().items()}
@@ -89,34 +84,6 @@ def _loop(training: Training, log: RunLog) -> Path:
     if saved is None:
         raise RuntimeError("the loop ended without a step: the checkpoint it resumed from was already complete")
     return saved
-
-
-def _learn(training: Training, lesson: Lesson, step: int, micro: int, clock: StepClock) -> LossReport:
-    """Harvests the lesson's trajectory for this step and adds its gradient."""
-    settings, config = training.settings, training.settings.identity
-    deep = deep_index(settings.rollout, settings.run.seed, step)
-    harvested = harvest_indices(settings.rollout, deep, settings.run.seed, step)
-    inputs = StepInputs(
-        conditions=lesson.conditions,
-        points=[lesson.trajectory.point(index) for index in [*harvested, deep]],
-        anchors=lesson.batch.anchors,
-        identity_weight=identity_weight(
-            step,
-            peak=config.lambda_id,
-            schedule=config.lambda_id_schedule,
-            warmup_steps=config.lambda_id_warmup_steps,
-            every_steps=config.id_every_steps,
-        ),
-        key=(settings.run.seed, "frames", step, micro),
-    )
-    if settings.lora.lora_dropout > 0:
-        # The only global generator in the step: seeded per micro-batch, so that a resumed run drops the same.
-        torch.manual_seed(settings.run.seed * 1_000_003 + step * 1_009 + micro)
-    scale = 1 / settings.optimizer.gradient_accumulation_steps
-    try:
-        return training_step(training.denoiser, training.identity, inputs, scale=scale, clock=clock)
-    except NonFiniteError as error:
-        raise NonFiniteError(error.part, step + 1) from None
 
 
 def _metrics(reports: list[LossReport], gradient_norm: float, learning_rate: float) -> dict[str, float]:
@@ -176,23 +143,3 @@ def _save(training: Training, step: int) -> Path:
         write_adapter,
         keep=settings.run.keep_checkpoints,
     )
-
-
-@contextmanager
-def _stop_requests() -> Iterator:
-    """Turns Ctrl-C and SIGTERM into a flag: the step is finished and saved, and then the run ends.
-
-    A second Ctrl-C interrupts at once, as usual.
-    """
-    requested: list[int] = []
-
-    def request(number: int, _frame) -> None:
-        requested.append(number)
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
-
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(requested)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

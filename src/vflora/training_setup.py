@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,17 +21,17 @@ from vflora.flow import sampling_sigmas
 from vflora.identity_term import IdentityTerm
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
+from vflora.models.fast_teacher import harvested_sigmas
 from vflora.models.identity import IdentityEmbedder
-from vflora.models.loading import load_shift, load_transformer, load_vae
-from vflora.models.lora import ADAPTER, add_lora
-from vflora.models.lora_formats import read_lora
+from vflora.models.loading import load_shift, load_vae
+from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
 from vflora.prompts import prompt_maker
-from vflora.random_streams import keyed_noise
 from vflora.resolution import clip_size
 from vflora.settings import TrainSettings, require_same_recipe
+from vflora.student import TeacherProbe, build_student
 from vflora.teacher_source import TeacherSource
-from vflora.types import Batch, Conditions
+from vflora.types import Batch
 from vflora.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Training:
     settings: TrainSettings
     device: torch.device
     denoiser: Denoiser
+    acceleration: Acceleration
     identity: IdentityTerm
     optimizer: LoraOptimizer
     source: TeacherSource
@@ -58,30 +60,6 @@ class Training:
         """Returns what a checkpoint keeps: the LoRA and the optimizer's state, by name."""
         lora = {f"lora/{name}": p.detach() for name, p in self.denoiser.lora_parameters().items()}
         return lora | {f"optimizer/{key}": value for key, value in self.optimizer.state_tensors().items()}
-
-
-class TeacherProbe:
-    """A fixed input whose prediction by the teacher must never change by a bit."""
-
-    def __init__(self, denoiser: Denoiser, conditions: Conditions, latent_shape: tuple[int, ...]):
-        """Remembers the prediction as it is now."""
-        self._denoiser, self._conditions = denoiser, conditions
-        device = conditions.prompt_embeds.device
-        self._latents = keyed_noise((1, *latent_shape), "teacher probe").to(device)
-        self._expected = self._predict()
-
-    def _predict(self) -> Tensor:
-        with self._denoiser.teacher():
-            return self._denoiser.velocity(self._latents, 0.5, self._conditions)
-
-    def check(self, step: int) -> None:
-        """Predicts again.
-
-        Raises:
-            RuntimeError: if the prediction differs.
-        """
-        if not torch.equal(self._predict(), self._expected):
-            raise RuntimeError(f"the teacher's prediction on a fixed input has moved by step {step}: this is a defect")
 
 
 def set_up(settings: TrainSettings) -> Training:
@@ -108,6 +86,7 @@ def set_up(settings: TrainSettings) -> Training:
 
     logger.info("loading the VAE")
     vae = load_vae(model.pipeline_dir, dtype, device)
+    accelerate_decoder(vae, settings.speed)
     size = clip_size(settings.rollout.train_target_resolution, dataset.size, vae.spatial_compression_ratio)
     latent_shape = _latent_shape(vae, settings.rollout.train_video_length, size)
     logger.info("loading the identity embedder")
@@ -124,23 +103,31 @@ def set_up(settings: TrainSettings) -> Training:
         keep_images_on_disk=not settings.data.enable_augmentation,
     )
     logger.info("loading the transformer")
-    denoiser = _student(settings, dtype, device)
+    denoiser, acceleration = build_student(settings, dtype, device)
     optimizer = LoraOptimizer(denoiser.lora_parameters(), settings.optimizer)
     if checkpoint is not None:
         _restore(denoiser, optimizer, read_tensors(checkpoint), start_step)
 
-    sigmas = sampling_sigmas(settings.rollout.num_inference_steps, load_shift(model.pipeline_dir))
+    shift = load_shift(model.pipeline_dir, model.transformer_version)
+    sigmas = sampling_sigmas(settings.rollout.num_inference_steps, shift)
+    accumulation = settings.optimizer.gradient_accumulation_steps
+
+    def exact_sigmas(rollout: int) -> Collection[float]:
+        """The noise levels that are harvested from a rollout, counted since this process began."""
+        block = (start_batch + rollout) // accumulation
+        return harvested_sigmas(settings.rollout, run.seed, block, sigmas)
+
     loader = TrainLoader(dataset, settings.data, seed=run.seed, start_batch=start_batch)
     source = TeacherSource(
         loader,
         start_batch=start_batch,
         make_prompt=make_prompt,
         encoder=encoder,
-        denoiser=denoiser,
+        denoiser=acceleration.teacher(denoiser, exact_sigmas),
         config=settings.rollout,
         sigmas=sigmas,
         latent_shape=latent_shape,
-        accumulation=settings.optimizer.gradient_accumulation_steps,
+        accumulation=accumulation,
         lookahead=settings.prompts.condition_lookahead,
         seed=run.seed,
         device=device,
@@ -165,8 +152,13 @@ def set_up(settings: TrainSettings) -> Training:
         settings=settings,
         device=device,
         denoiser=denoiser,
+        acceleration=acceleration,
         identity=IdentityTerm(
-            settings.identity, vae, embedder, recompute=settings.distributed.enable_gradient_checkpointing
+            settings.identity,
+            vae,
+            embedder,
+            recompute=settings.speed.id_decode_recompute,
+            tile=settings.speed.id_decode_tile,
         ),
         optimizer=optimizer,
         source=source,
@@ -183,43 +175,6 @@ def set_up(settings: TrainSettings) -> Training:
 def _latent_shape(vae: AutoencoderKLHunyuanVideo15, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
     space, time = vae.spatial_compression_ratio, vae.temporal_compression_ratio
     return vae.config.latent_channels, (frames - 1) // time + 1, size[0] // space, size[1] // space
-
-
-def _student(settings: TrainSettings, dtype: torch.dtype, device: torch.device) -> Denoiser:
-    model, lora = settings.model, settings.lora
-    transformer = load_transformer(model.pipeline_dir, model.transformer_version, dtype, device)
-    add_lora(
-        transformer,
-        rank=lora.lora_r,
-        alpha=lora.lora_alpha,
-        dropout=lora.lora_dropout,
-        targets=lora.lora_target_modules,
-        seed=settings.run.seed,
-    )
-    if settings.distributed.enable_gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if lora.lora_dropout > 0:
-        transformer.train()
-    denoiser = Denoiser(transformer)
-    if lora.pretrained_lora_path:
-        _start_from(denoiser, lora.pretrained_lora_path, lora.lora_alpha / lora.lora_r)
-    return denoiser
-
-
-@torch.no_grad()
-def _start_from(denoiser: Denoiser, path: str, scale: float) -> None:
-    """Copies a LoRA into the fresh one; a strength other than ours is folded into its B factors."""
-    parameters = denoiser.lora_parameters()
-    for name, module in read_lora(path).modules.items():
-        for factor, value in (("lora_A", module.down), ("lora_B", module.up * (module.scale / scale))):
-            parameter = parameters.get(f"{name}.{factor}.{ADAPTER}.weight")
-            if parameter is None or parameter.shape != value.shape:
-                ours = "nothing" if parameter is None else f"shape {tuple(parameter.shape)}"
-                raise UserError(
-                    f"--pretrained_lora_path {path} has {name} with shape {tuple(value.shape)} where this run has "
-                    f"{ours}: give its --lora_r and --lora_target_modules."
-                )
-            parameter.copy_(value)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from peft import LoraConfig
 
+from vflora.adapters import read_adapter
 from vflora.errors import UserError
 from vflora.models.lora_formats import from_transformer, is_dcp, read_reference_dcp, to_state_dict
 from vflora.models.random_weights import small_transformer
@@ -48,6 +49,13 @@ def test_the_adapter_comes_out_of_a_whole_checkpoint(tmp_path, given):
     for name, update in weights.modules.items():
         assert read.modules[name].scale == 2.0
         torch.testing.assert_close(read.modules[name].delta(), update.delta(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("given", ["checkpoint-10", "checkpoint-10/dcp"])
+def test_adapters_are_found_in_it_by_path(tmp_path, given):
+    weights = _save_like_the_reference(_adapted(), tmp_path / "checkpoint-10" / "dcp")
+    assert set(read_adapter(tmp_path / given).modules) == set(weights.modules)
+    assert read_adapter(tmp_path / given, alpha=8).alpha == 8
 
 
 def test_alpha_is_the_reference_default_unless_given(tmp_path):

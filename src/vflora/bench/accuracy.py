@@ -6,17 +6,17 @@ import gc
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.learning import learn
 from vflora.models.speed import SpeedConfig
 from vflora.random_streams import keyed_generator, keyed_noise
 from vflora.step_clock import StepClock
-from vflora.train import _learn
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _outcome(config: BenchConfig, speed: SpeedConfig) -> Outcome:
     latents = keyed_noise(tuple(lesson.trajectory.latents.shape[1:]), "probe").to(setting.device)
     with setting.acceleration.switch.turned_on(), setting.denoiser.teacher():
         velocity = setting.denoiser.velocity(latents, _PROBE_SIGMA, lesson.conditions)
-    _learn(cast(Any, setting), lesson, 0, 0, clock)
+    learn(setting, lesson, 0, 0, clock)
     gradient = torch.cat([g.flatten() for g in setting.optimizer.gradients()])
     outcome = Outcome(velocity.cpu(), lesson.trajectory.latents[-1].cpu(), gradient.double().cpu())
     del setting, lesson, clock

@@ -140,7 +140,7 @@ def build_setting(config: BenchConfig, speed: SpeedConfig) -> Setting:
     Raises:
         UserError: for settings that cannot work.
     """
-    settings = _settings(config)
+    settings = _settings(config, speed)
     device, dtype = settings.model.torch_device(), TORCH_DTYPES[config.dtype]
     logger.info("building the VAE and the identity embedder (%s size, random weights)", config.size)
     vae = build_vae(config.size, dtype, device)
@@ -169,7 +169,7 @@ def build_setting(config: BenchConfig, speed: SpeedConfig) -> Setting:
         start_batch=0,
         make_prompt=lambda name, generator: "x" * int(torch.randint(70, 91, (), generator=generator)),
         encoder=RandomConditions(config.size, shape, device, dtype),  # pyright: ignore[reportArgumentType]
-        denoiser=teacher,  # pyright: ignore[reportArgumentType]
+        denoiser=teacher,
         config=settings.rollout,
         sigmas=sigmas,
         latent_shape=shape,
@@ -185,7 +185,7 @@ def build_setting(config: BenchConfig, speed: SpeedConfig) -> Setting:
     return Setting(settings, device, denoiser, identity, optimizer, source, acceleration)
 
 
-def _settings(config: BenchConfig) -> TrainSettings:
+def _settings(config: BenchConfig, speed: SpeedConfig) -> TrainSettings:
     return TrainSettings(
         model=ModelConfig(pipeline_dir="random weights", dtype=config.dtype, device=config.device),
         data=DataConfig(wds_root=Path("random pictures"), metadata_key="name", batch_size=config.batch_size),
@@ -208,6 +208,7 @@ def _settings(config: BenchConfig) -> TrainSettings:
         validation=ValidationConfig(),
         run=RunConfig(seed=config.seed),
         distributed=DistributedConfig(),
+        speed=speed,
     )
 
 

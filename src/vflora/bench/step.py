@@ -7,15 +7,15 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.learning import learn
 from vflora.models.speed import SpeedConfig, with_preset
 from vflora.step_clock import StepClock
-from vflora.train import _learn
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def one_step(setting: Setting, step: int) -> dict[str, float]:
     began = time.perf_counter()
     clock = StepClock(setting.device)
     for micro, lesson in enumerate(setting.source.lessons(step, clock)):
-        _learn(cast(Any, setting), lesson, step, micro, clock)
+        learn(setting, lesson, step, micro, clock)
     with clock.part("optimizer"):
         setting.optimizer.step(step + 1)
     seconds = clock.seconds()

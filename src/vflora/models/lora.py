@@ -72,7 +72,8 @@ def add_lora(
     """Freezes the transformer and adds a trainable LoRA in fp32, in place.
 
     The B factors start at zero, so the student starts as the teacher exactly (Hu et al. 2021, arXiv 2106.09685,
-    section 4.1). The A factors are drawn from a generator keyed by `seed` and the layer's name.
+    section 4.1). The A factors are drawn from a generator keyed by `seed` and the layer's name, on the CPU, so that
+    they are the same numbers wherever the transformer is.
 
     Raises:
         UserError: if no layer matches `targets`.
@@ -93,4 +94,6 @@ def add_lora(
             continue
         parameter.data = parameter.data.float()
         if "lora_A" in name:
-            torch.nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=keyed_generator(seed, name))
+            drawn = torch.empty(parameter.shape, device="cpu")
+            torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=keyed_generator(seed, name))
+            parameter.data.copy_(drawn)

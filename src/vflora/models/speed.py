@@ -146,8 +146,12 @@ def accelerate(
 
 
 def accelerate_decoder(vae: AutoencoderKLHunyuanVideo15, config: SpeedConfig) -> None:
-    """Gives the frozen VAE the decoder that remembers little, in place; compiled if `config` says so."""
-    lighten_decoder(vae, compiled=config.compile)
+    """Gives the frozen VAE the decoder that remembers little, in place; compiled if `config` says so.
+
+    Call it with the VAE on its device. On the CPU, where memory is not what runs out, the stock decoder stays.
+    """
+    if vae.device.type != "cpu":
+        lighten_decoder(vae, compiled=config.compile)
 
 
 def compile_blocks(transformer: HunyuanVideo15Transformer3DModel) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPipeline
-from jsonargparse import ArgumentParser
 
 from vflora.errors import UserError
 from vflora.world.base_training import BaseTraining, train_base
@@ -175,19 +172,3 @@ def _record(path: Path, results: list[dict]) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
     for result in results:
         logger.info("%s", json.dumps({k: v for k, v in result.items() if not isinstance(v, tuple | list)}))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one stage from the command line: `python -m vflora.world.pretrain --stage vae --output DIR`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = ArgumentParser(prog="vflora.world.pretrain", description=__doc__)
-    parser.add_class_arguments(PretrainConfig)
-    try:
-        parsed = parser.parse_args(arguments)
-        run(PretrainConfig(**vars(parsed)))
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

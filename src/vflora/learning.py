@@ -1,0 +1,65 @@
+"""What one lesson does to the LoRA's gradients."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from vflora.errors import NonFiniteError
+from vflora.identity_term import IdentityTerm
+from vflora.losses import identity_weight
+from vflora.models.denoiser import Denoiser
+from vflora.recipe import StepInputs, training_step
+from vflora.rollout import deep_index, harvest_indices
+from vflora.settings import TrainSettings
+from vflora.step_clock import StepClock
+from vflora.teacher_source import Lesson
+from vflora.types import LossReport
+
+
+class Learner(Protocol):
+    """What learning needs of a run."""
+
+    settings: TrainSettings
+    denoiser: Denoiser
+    identity: IdentityTerm
+
+
+def learn(training: Learner, lesson: Lesson, step: int, micro: int, clock: StepClock) -> LossReport:
+    """Harvests the lesson's trajectory for this step and adds its gradient.
+
+    Args:
+        training: the run.
+        lesson: one micro-batch.
+        step: optimizer steps done.
+        micro: number of the lesson within the step.
+        clock: of the step.
+
+    Raises:
+        NonFiniteError: naming the part of the loss that is not finite, and the step.
+    """
+    settings, config = training.settings, training.settings.identity
+    deep = deep_index(settings.rollout, settings.run.seed, step)
+    harvested = harvest_indices(settings.rollout, deep, settings.run.seed, step)
+    inputs = StepInputs(
+        conditions=lesson.conditions,
+        points=[lesson.trajectory.point(index) for index in [*harvested, deep]],
+        anchors=lesson.batch.anchors,
+        identity_weight=identity_weight(
+            step,
+            peak=config.lambda_id,
+            schedule=config.lambda_id_schedule,
+            warmup_steps=config.lambda_id_warmup_steps,
+            every_steps=config.id_every_steps,
+        ),
+        key=(settings.run.seed, "frames", step, micro),
+    )
+    if settings.lora.lora_dropout > 0:
+        # The only global generator in the step: seeded per micro-batch, so that a resumed run drops the same.
+        torch.manual_seed(settings.run.seed * 1_000_003 + step * 1_009 + micro)
+    scale = 1 / settings.optimizer.gradient_accumulation_steps
+    try:
+        return training_step(training.denoiser, training.identity, inputs, scale=scale, clock=clock)
+    except NonFiniteError as error:
+        raise NonFiniteError(error.part, step + 1) from None

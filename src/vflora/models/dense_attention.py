@@ -111,6 +111,7 @@ def _dense_forward(
     if mask is not None:
         # Rows of padding may hold anything; as queries they must at least stay finite.
         context = context.masked_fill(~mask[..., None], 0)
+    context, mask = _divisible(context, mask, _processes(self))
 
     recompute = torch.is_grad_enabled() and self.gradient_checkpointing
     for block in self.transformer_blocks:
@@ -149,6 +150,22 @@ def _key_mask(parts: list[Tensor], masks: list[Tensor | None]) -> Tensor | None:
     )
 
 
+def _processes(transformer: HunyuanVideo15Transformer3DModel) -> int:
+    """How many processes share the tokens of a sample."""
+    config = transformer._parallel_config and transformer._parallel_config.context_parallel_config
+    return config.ulysses_degree or 1 if config else 1
+
+
+def _divisible(context: Tensor, mask: Tensor | None, processes: int) -> tuple[Tensor, Tensor | None]:
+    """Pads the text so that every process gets equally much of it; an exact fit stays free of a mask."""
+    missing = -context.shape[1] % processes
+    if missing == 0:
+        return context, mask
+    if mask is None:
+        mask = context.new_ones(context.shape[:2], dtype=torch.bool)
+    return pad(context, (0, 0, 0, missing)), pad(mask, (0, missing), value=False)
+
+
 def _unpatchify(tokens: Tensor, size: torch.Size, config) -> Tensor:
     time, height, width = (
         length // patch for length, patch in zip(size, (config.patch_size_t,) + (config.patch_size,) * 2, strict=True)
@@ -156,4 +173,5 @@ def _unpatchify(tokens: Tensor, size: torch.Size, config) -> Tensor:
     grid = tokens.unflatten(1, (time, height, width)).unflatten(
         -1, (-1, config.patch_size_t, config.patch_size, config.patch_size)
     )
-    return grid.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    # A copy, however small the patches: sharding hangs its hooks on the result and takes no views.
+    return grid.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3).clone()

@@ -1,0 +1,211 @@
+"""The processes of a run: who they are, and the few things that they must agree on."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from vflora.distributed.watch import Watch
+from vflora.errors import UserError
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(minutes=30)
+"""Of a collective: longer than any part of a step that others may wait for. Death is noticed by the watch, sooner."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, laid out as data parallel x sequence parallel; a single one by default.
+
+    Neighbouring ranks share a sample: with `sp_size` 2, ranks 0 and 1 see the same batch, and so do 2 and 3.
+
+    Attributes:
+        rank: this process, among all.
+        size: number of processes.
+        sp_size: processes that share one sample's tokens.
+        mesh: with dimensions dp, ring and ulysses, as diffusers wants it; None for a single process.
+        group: that carries the small messages, on the CPU; None is the default one.
+        watch: of the other processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    sp_size: int = 1
+    mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = field(default=None, compare=False)
+    watch: Watch | None = field(default=None, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs, checkpoints and previews."""
+        return self.rank == 0
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel processes; each sees samples of its own."""
+        return self.size // self.sp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them this process belongs to."""
+        return self.rank // self.sp_size
+
+    def agree(self, flag: bool) -> bool:
+        """Returns on every process whether any of them said yes."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor(int(flag))
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self.group)
+        return bool(said)
+
+    def all_finite(self, value: float) -> bool:
+        """Returns whether `value` is finite on every process."""
+        return not self.agree(not math.isfinite(value))
+
+    def least(self, value: int) -> int:
+        """Returns the smallest of everybody's values, on every process."""
+        if self.size == 1:
+            return value
+        smallest = torch.tensor(value)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group)
+        return int(smallest)
+
+    def gather_over_data(self, value: T) -> list[T]:
+        """Returns the value of every data-parallel process, in the order of the global batch, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return [values[rank] for rank in range(0, self.size, self.sp_size)]  # pyright: ignore[reportReturnType]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Calls `make` on the main process and returns its result on all of them.
+
+        Raises:
+            UserError: on every process, if it was raised on the main one.
+        """
+        if self.size == 1:
+            return make()
+        answer: list[T | str | None] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = make()
+            except UserError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, src=0, group=self.group)
+        if answer[1] is not None:
+            raise UserError(str(answer[1]))
+        return answer[0]  # pyright: ignore[reportReturnType]
+
+    def reduce_gradients(self, gradients: Iterable[Tensor]) -> None:
+        """Makes the gradients those of the global batch, in place.
+
+        Every process holds the gradient of the mean loss of its own samples, through its own tokens: over the
+        processes that share a sample they add up, over samples they are averaged.
+
+        Args:
+            gradients: replicated ones, in the same order everywhere.
+        """
+        gradients = list(gradients)
+        if self.size == 1 or not gradients:
+            return
+        # One message for all of them: a LoRA has a thousand small matrices.
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        together /= self.dp_size
+        parts = together.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def aside(self) -> Self:
+        """Returns the same processes with a channel of their own, for a thread that works beside the training."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=_TIMEOUT))
+
+    def close(self) -> None:
+        """Parts in peace: waits for the others, and ends the process group."""
+        if self.size == 1:
+            return
+        self.agree(True)
+        if self.watch is not None:
+            self.watch.stop()
+        dist.destroy_process_group()
+
+
+def start(sp_size: int, device: torch.device) -> World:
+    """Joins the processes that torchrun started; a process that runs by itself is a world of one.
+
+    Args:
+        sp_size: processes that share one sample's tokens.
+        device: what everybody computes on; on CUDA, this process's own device becomes the current one.
+
+    Raises:
+        UserError: if there are not the processes or the devices for it.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    require_processes(size, sp_size)
+    if size == 1:
+        return World()
+    if device.type == "cuda":
+        here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > devices:
+            raise UserError(
+                f"torchrun starts {here} processes on this machine, which has {devices} GPUs: "
+                f"use --nproc_per_node {devices}."
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    mesh = init_device_mesh(device.type, (size // sp_size, 1, sp_size), mesh_dim_names=("dp", "ring", "ulysses"))
+    watch = Watch(dist.get_rank(), size)
+    watch.start()
+    return World(dist.get_rank(), size, sp_size, mesh, watch=watch)
+
+
+def require_processes(size: int, sp_size: int) -> None:
+    """Checks that the processes divide into groups that share samples.
+
+    Raises:
+        UserError: with the sizes that work.
+    """
+    if size == 1 and sp_size > 1:
+        raise UserError(
+            f"--sp_size {sp_size} needs {sp_size} processes: start them with "
+            f"`torchrun --nproc_per_node={sp_size} train.py ...`."
+        )
+    if size % sp_size:
+        raise UserError(f"{size} processes do not divide by --sp_size {sp_size}: use {_choices(size)}.")
+
+
+def require_divisible(*, heads: int, tokens: dict[str, int], sp_size: int) -> None:
+    """Checks that attention heads and video tokens divide among the processes that share a sample.
+
+    Args:
+        heads: of the transformer.
+        tokens: video tokens of a clip, by what the clip is called in the message.
+        sp_size: processes that share a sample.
+
+    Raises:
+        UserError: with the sizes that work.
+    """
+    working = [n for n in range(1, heads + 1) if heads % n == 0 and all(t % n == 0 for t in tokens.values())]
+    choices = " or ".join(map(str, working))
+    if heads % sp_size:
+        raise UserError(f"{heads} attention heads do not divide by --sp_size {sp_size}: use {choices}.")
+    for clip, count in tokens.items():
+        if count % sp_size:
+            raise UserError(f"{clip} ({count} tokens) does not divide by --sp_size {sp_size}: use {choices}.")
+
+
+def _choices(size: int) -> str:
+    return " or ".join(str(n) for n in range(1, size + 1) if size % n == 0)

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from vflora.config import OptimizerConfig
 from vflora.errors import NonFiniteError
+from vflora.muon import BatchedMuon
 
 
 class LoraOptimizer:
@@ -26,7 +27,7 @@ class LoraOptimizer:
         settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         self._optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            self._optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+            self._optimizers.append(BatchedMuon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
         if others:
             self._optimizers.append(torch.optim.AdamW(others, **settings))
         self._schedules = [

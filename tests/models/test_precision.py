@@ -116,13 +116,12 @@ def test_gradient_checkpointing_changes_nothing_with_stored_weights(make_conditi
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_modulation_never_multiplies_in_float8():
+def test_only_the_widest_layers_of_the_video_tokens_multiply_in_float8():
     transformer = make_student()
     quantize_blocks(transformer, fp8_rollouts=True)
     block = transformer.transformer_blocks[0]
-    assert isinstance(block.norm1.linear.base_layer, nn.Linear)
-    assert isinstance(block.attn.to_q.base_layer, FrozenLinear)
-    assert isinstance(block.ff.net[2], FrozenLinear)
+    replaced = {name for name, layer in block.named_modules() if isinstance(layer, FrozenLinear)}
+    assert replaced == {"ff.net.0.proj", "ff.net.2"}
 
 
 def test_float8_products_of_int8_weights_are_refused():

@@ -25,6 +25,8 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
 )
 from torch import Tensor, nn
 
+from vflora.models.compiling import allow_recompiles
+
 _CHUNK = 1 << 27  # elements that uncompiled arithmetic in fp32 works on at a time
 _TINY = 1e-12  # of F.normalize
 
@@ -148,6 +150,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _by_chunks(function: Callable[..., Tensor], norm: HunyuanVideo15RMS_norm, *tensors: Tensor) -> Tensor:
     """Calls `function(gamma, *tensors)`: compiled and whole, or a few frames at a time."""
+    tensors = tuple(tensor.detach() for tensor in tensors)  # compiled code is specialised on requires_grad
     x, gamma = tensors[0], _wide(norm.gamma.detach())
     if norm.compiled and x.is_cuda:
         for tensor in tensors:
@@ -170,6 +173,7 @@ _COMPILED: dict[Callable, Callable] = {}
 
 def _compiled(function: Callable) -> Callable:
     if function not in _COMPILED:
+        allow_recompiles()
         _COMPILED[function] = torch.compile(function)
     return _COMPILED[function]
 

@@ -160,8 +160,9 @@ def quantize_blocks(
     Args:
         transformer: frozen but for its LoRA.
         storage: full, int8 or fp8.
-        fp8_rollouts: lets the returned switch turn float8 multiplication on. Modulation layers, which see one
-            row per sample, never take part.
+        fp8_rollouts: lets the returned switch turn float8 multiplication on, in the feed-forward layers of the
+            video tokens: on an H200, products of 2048 x 2048 with a scale per row gain nothing from float8 (717
+            against 749 TFLOP/s, quantizing not counted), those of 2048 x 8192 go from 773 to 1,442.
         device: where the new layers go; where the weights are by default.
 
     Returns:
@@ -176,7 +177,7 @@ def quantize_blocks(
     codes = CODES.get(storage, _FP8)
     for block in transformer.transformer_blocks:
         for name, layer in list(block.named_modules()):
-            multiplied = fp8_rollouts and ".linear" not in name
+            multiplied = fp8_rollouts and name.startswith("ff.")
             if not isinstance(layer, nn.Linear) or "lora_" in name or not (multiplied or storage in CODES):
                 continue
             if device is not None:

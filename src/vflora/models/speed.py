@@ -6,32 +6,25 @@ text, and `vflora bench accuracy` prints how far it is from the exact step.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch._dynamo
-from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import AutoencoderKLHunyuanVideo15
-from diffusers.models.transformers.transformer_hunyuan_video15 import (
-    HunyuanVideo15Transformer3DModel,
-    HunyuanVideo15TransformerBlock,
-)
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
 from torch import nn
 
 from vflora.config import require
+from vflora.models.attention_choice import AttentionKernel, choose_attention
+from vflora.models.compiling import allow_recompiles
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import FastTeacher
 from vflora.models.light_decoder import lighten_decoder
 from vflora.models.offload import BlockOffload
 from vflora.models.precision import Fp8Switch, check_fp8, quantize_blocks
 from vflora.models.recompute import BlockRecompute, Recompute
-
-logger = logging.getLogger(__name__)
-
-_RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -40,12 +33,12 @@ class SpeedConfig:
 
     compile: bool = False
     """Compile the transformer's blocks, one by one: about a minute at the start, then a third less time a step."""
-    attention_backend: Literal["native", "cudnn"] = "native"
-    """Attention kernel of the transformer's blocks: PyTorch's choice, or cuDNN's, which is faster on Hopper."""
+    attention_backend: AttentionKernel = "native"
+    """Attention kernel of the transformer's blocks: PyTorch's choice, flash, or cuDNN's, which Hopper runs fastest."""
     enable_gradient_checkpointing: Recompute = "auto"
     """Compute activations again in the backward pass: true, false, or auto, which recomputes what does not fit."""
     rollout_precision: Literal["full", "fp8"] = "full"
-    """fp8 multiplies in float8 between harvested points of a rollout; approximates the states, not the targets."""
+    """fp8: the widest layers multiply in float8 between harvested points; approximates states, not targets."""
     rollout_stride: int = 1
     """Compute only every so many points between harvested ones and extrapolate the rest; above 1 approximates."""
     weight_storage: Literal["full", "int8", "fp8"] = "full"
@@ -102,9 +95,9 @@ class Acceleration:
             return denoiser
         return FastTeacher(denoiser, exact_sigmas, switch=self.switch, stride=self.config.rollout_stride)
 
-    def end_step(self) -> None:
-        """Tells that an optimizer step is over."""
-        self.recompute.end_step()
+    def end_step(self, least: Callable[[int], int] = int) -> None:
+        """Tells that an optimizer step is over; `least` as for `BlockRecompute.end_step`."""
+        self.recompute.end_step(least)
 
 
 def accelerate(
@@ -137,8 +130,7 @@ def accelerate(
         _place_the_rest(transformer, device)
     else:
         nn.Module.to(transformer, device)
-    if config.attention_backend == "cudnn":
-        _use_cudnn_attention(transformer, device)
+    choose_attention(transformer, config.attention_backend, device)
     recompute = BlockRecompute(transformer, "true" if config.block_offload else config.enable_gradient_checkpointing)
     if config.compile:
         compile_blocks(transformer)
@@ -158,10 +150,9 @@ def compile_blocks(transformer: HunyuanVideo15Transformer3DModel) -> None:
     """Compiles every block, in place; they share one compiled code for each way of being called.
 
     Prompts differ in length, so the text tokens' dimension is declared dynamic at the first block, where every
-    compilation starts. Past the recompile limit PyTorch would quietly run uncompiled, hence the higher limit.
+    compilation starts.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-    torch._dynamo.config.accumulated_recompile_limit = 64 * _RECOMPILE_LIMIT
+    allow_recompiles()
     for block in transformer.transformer_blocks:
         block.forward = torch.compile(block.forward)
     transformer.transformer_blocks[0].register_forward_pre_hook(_declare_text_dynamic)
@@ -179,26 +170,3 @@ def _place_the_rest(transformer: HunyuanVideo15Transformer3DModel, device: torch
     for parameter in transformer.transformer_blocks.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(device)
-
-
-def _use_cudnn_attention(transformer: HunyuanVideo15Transformer3DModel, device: torch.device) -> None:
-    """Selects cuDNN for the transformer's blocks alone: a switch for the whole process would break the VAE."""
-    backend = AttentionBackendName._NATIVE_CUDNN
-    heads, head_dim = transformer.config["num_attention_heads"], transformer.config["attention_head_dim"]
-    dtype = transformer.dtype
-    try:
-        sample = torch.randn(1, heads, 256, head_dim, device=device, dtype=dtype, requires_grad=True)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            nn.functional.scaled_dot_product_attention(sample, sample, sample).sum().backward()
-    except RuntimeError as error:
-        logger.warning(
-            "cuDNN attention does not run here for %d heads of %d in %s, so PyTorch's own attention is used: %s",
-            heads,
-            head_dim,
-            dtype,
-            str(error).splitlines()[0],
-        )
-        return
-    for block in cast(list[HunyuanVideo15TransformerBlock], list(transformer.transformer_blocks)):
-        processor = cast(Any, block.attn.processor)
-        processor._attention_backend = backend

@@ -1,0 +1,121 @@
+"""Which attention kernel the transformer's blocks use, and whether its gradient can be trusted on this machine."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal, cast
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.transformers.transformer_hunyuan_video15 import (
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideo15TransformerBlock,
+)
+from torch import Tensor
+
+from vflora.errors import UserError
+from vflora.random_streams import keyed_generator
+
+logger = logging.getLogger(__name__)
+
+AttentionKernel = Literal["native", "flash", "cudnn"]
+_BACKENDS = {
+    "native": None,
+    "flash": AttentionBackendName._NATIVE_FLASH,
+    "cudnn": AttentionBackendName._NATIVE_CUDNN,
+}
+_TOKENS = 1031  # no multiple of any tile
+_LIMIT = 0.05
+
+
+def choose_attention(
+    transformer: HunyuanVideo15Transformer3DModel, kernel: AttentionKernel, device: torch.device
+) -> None:
+    """Selects the kernel for the transformer's blocks alone: a switch for the whole process would break the VAE.
+
+    Versions of cuDNN and PyTorch have shipped attention whose forward pass is right and whose gradient is not, so
+    on accelerators the kernel is compared with plain arithmetic first.
+
+    Raises:
+        UserError: if its output or gradient is wrong on this device.
+    """
+    config = transformer.config
+    shape = (config["num_attention_heads"], config["attention_head_dim"])
+    if device.type != "cpu":
+        try:
+            errors = attention_errors(kernel, *shape, transformer.dtype, device)
+        except RuntimeError as error:
+            _warn(kernel, shape, transformer.dtype, str(error).splitlines()[0])
+            return
+        require_true(kernel, errors)
+    elif kernel == "cudnn":
+        _warn(kernel, shape, transformer.dtype, "it needs a GPU")
+        return
+    for block in cast(list[HunyuanVideo15TransformerBlock], list(transformer.transformer_blocks)):
+        processor = cast(Any, block.attn.processor)
+        processor._attention_backend = _BACKENDS[kernel]
+
+
+def require_true(kernel: AttentionKernel, errors: dict[str, float], limit: float = _LIMIT) -> None:
+    """Compares what `attention_errors` returned with the most that rounding explains.
+
+    Raises:
+        UserError: if one is larger.
+    """
+    for name, error in errors.items():
+        if error <= limit:  # false for a NaN
+            continue
+        others = " or ".join(f"--attention_backend {other}" for other in _BACKENDS if other != kernel)
+        raise UserError(
+            f"--attention_backend {kernel} computes a wrong {name} on this machine (off by {error:.0%}): use {others}."
+        )
+
+
+def attention_errors(
+    kernel: AttentionKernel,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int = _TOKENS,
+) -> dict[str, float]:
+    """Returns |value - expected| / |expected| of the output and of the gradients of query, key and value.
+
+    Args:
+        kernel: called the way the transformer's blocks call it.
+        heads: of the attention.
+        head_dim: of each head.
+        dtype: of the inputs.
+        device: where to compute.
+        tokens: length of the sequence; plain arithmetic takes heads x tokens^2 numbers of memory, a few times.
+    """
+    generator = keyed_generator("attention check")
+    drawn = [torch.randn(1, tokens, heads, head_dim, generator=generator).to(device, dtype) for _ in range(4)]
+    inputs = [tensor.requires_grad_() for tensor in drawn[:3]]
+    with torch.enable_grad():
+        out = dispatch_attention_fn(*inputs, backend=_BACKENDS[kernel])
+        values = [out, *torch.autograd.grad(out, inputs, drawn[3])]
+        wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+        plain = _plain_attention(*wide)
+        expected = [plain, *torch.autograd.grad(plain, wide, drawn[3].float())]
+    names = ("output", "gradient of the queries", "gradient of the keys", "gradient of the values")
+    return {
+        name: ((value.float() - truth).norm() / truth.norm()).item()
+        for name, value, truth in zip(names, values, expected, strict=True)
+    }
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
+
+
+def _warn(kernel: str, shape: tuple[int, int], dtype: torch.dtype, why: str) -> None:
+    name = {"cudnn": "cuDNN", "flash": "flash"}.get(kernel, "PyTorch's")
+    logger.warning(
+        "%s attention does not run here for %d heads of %d in %s, so PyTorch's own choice is used: %s",
+        name,
+        *shape,
+        dtype,
+        why,
+    )

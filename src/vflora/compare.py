@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from tqdm import tqdm
@@ -106,8 +106,18 @@ class CompareConfig:
         )
 
 
-def run(config: CompareConfig) -> Path | None:
+class NamedJudge(Embedder, Protocol):
+    """An embedder that the page can name."""
+
+    name: str
+
+
+def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
     """Makes the page.
+
+    Args:
+        config: which LoRA, pictures and scales.
+        judge: grades identity instead of the model that the configuration names.
 
     Returns:
         The page; None in the processes of a launcher other than the first, which have nothing to do.
@@ -131,7 +141,8 @@ def run(config: CompareConfig) -> Path | None:
     pipeline = load_for_sampling(
         config.pipeline_dir, config.transformer_version, config.dtype, "cpu" if waits else device
     )
-    judge = Judge.load(config.judge_model_dir, device) if config.judge_model_dir else Judge.from_pipeline(pipeline)
+    if judge is None:
+        judge = Judge.load(config.judge_model_dir, device) if config.judge_model_dir else Judge.from_pipeline(pipeline)
     trained = None
     if config.dino_model_dir is not None and config.dino_head_path is not None:
         trained = IdentityEmbedder.load(config.dino_model_dir, config.dino_head_path, device)

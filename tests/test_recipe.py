@@ -129,3 +129,18 @@ def test_gradient_checkpointing_changes_no_bit_of_the_gradient(student, make_ide
     student.transformer.enable_gradient_checkpointing()
     training_step(student, identity, inputs, scale=1.0, clock=StepClock(CPU))
     assert all(torch.equal(kept[name], g) for name, g in gradients(student).items())
+
+
+def test_keeping_the_students_graph_saves_a_pass_and_changes_nothing_else(student, make_identity, make_conditions):
+    identity, inputs = make_identity(), make_inputs(make_conditions())
+    passes = []
+    student.transformer.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    plain = training_step(student, identity, inputs, scale=1.0, clock=StepClock(CPU))
+    expected = gradients(student)
+    student.transformer.zero_grad()
+    kept = training_step(student, identity, inputs, scale=1.0, clock=StepClock(CPU), keep_graph=True)
+    assert passes.count(False) == 1
+    assert passes.count(True) == 2 * len(inputs.points)
+    assert (kept.distill_by_point, kept.identity) == (plain.distill_by_point, plain.identity)
+    for name, gradient in gradients(student).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-9, msg=name)

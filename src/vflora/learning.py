@@ -60,6 +60,13 @@ def learn(training: Learner, lesson: Lesson, step: int, micro: int, clock: StepC
         torch.manual_seed(settings.run.seed * 1_000_003 + step * 1_009 + micro)
     scale = 1 / settings.optimizer.gradient_accumulation_steps
     try:
-        return training_step(training.denoiser, training.identity, inputs, scale=scale, clock=clock)
+        return training_step(
+            training.denoiser,
+            training.identity,
+            inputs,
+            scale=scale,
+            clock=clock,
+            keep_graph=settings.speed.keep_student_graph,
+        )
     except NonFiniteError as error:
         raise NonFiniteError(error.part, step + 1) from None

@@ -9,16 +9,15 @@ from torch import Tensor
 
 from vflora.config import RolloutConfig
 from vflora.flow import euler_step
-from vflora.models.denoiser import Denoiser
 from vflora.random_streams import keyed_generator
 from vflora.types import Conditions, Trajectory
 
 if TYPE_CHECKING:
-    from vflora.models.fast_teacher import FastTeacher
+    from vflora.models.fast_teacher import Teacher
 
 
 def rollout(
-    denoiser: Denoiser | FastTeacher,
+    denoiser: Teacher,
     conditions: Conditions,
     noise: Tensor,
     sigmas: Tensor,

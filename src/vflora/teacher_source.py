@@ -11,8 +11,7 @@ from torch import Tensor
 
 from vflora.config import RolloutConfig
 from vflora.models.conditions import ConditionEncoder
-from vflora.models.denoiser import Denoiser
-from vflora.models.fast_teacher import FastTeacher
+from vflora.models.fast_teacher import Teacher
 from vflora.random_streams import keyed_generator, keyed_noise
 from vflora.rollout import points_for_block, rollout
 from vflora.step_clock import StepClock
@@ -50,7 +49,7 @@ class TeacherSource:
         start_batch: int,
         make_prompt: PromptMaker,
         encoder: ConditionEncoder,
-        denoiser: Denoiser | FastTeacher,
+        denoiser: Teacher,
         config: RolloutConfig,
         sigmas: Tensor,
         latent_shape: tuple[int, int, int, int],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 from torch import Tensor
 
 from vflora.config import RolloutConfig
-from vflora.models.denoiser import Denoiser
 from vflora.models.precision import Fp8Switch
 from vflora.rollout import deep_index, harvest_indices
 from vflora.types import Conditions
@@ -32,6 +32,20 @@ def harvested_sigmas(config: RolloutConfig, seed: int, block: int, sigmas: Tenso
     return frozenset(sigmas[index].item() for index in wanted)
 
 
+class Teacher(Protocol):
+    """Who can lead a rollout: the denoiser, or a quicker stand-in for it."""
+
+    def teacher(self) -> AbstractContextManager[None]:
+        """As `Denoiser.teacher`."""
+        ...
+
+    def velocity(
+        self, latents: Tensor, sigma: float, conditions: Conditions, *, next_sigma: float | None = None
+    ) -> Tensor:
+        """As `Denoiser.velocity`."""
+        ...
+
+
 class FastTeacher:
     """Stands in for the denoiser where rollouts are made.
 
@@ -43,7 +57,7 @@ class FastTeacher:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Teacher,
         exact_sigmas: Callable[[int], Collection[float]],
         *,
         switch: Fp8Switch,

@@ -20,7 +20,8 @@ from vflora.config import require
 from vflora.models.attention_choice import AttentionKernel, choose_attention
 from vflora.models.compiling import allow_recompiles
 from vflora.models.denoiser import Denoiser
-from vflora.models.fast_teacher import FastTeacher
+from vflora.models.fast_teacher import FastTeacher, Teacher
+from vflora.models.graphed_teacher import GraphedTeacher
 from vflora.models.light_decoder import lighten_decoder
 from vflora.models.offload import BlockOffload
 from vflora.models.precision import Fp8Switch, check_fp8, quantize_blocks
@@ -37,6 +38,10 @@ class SpeedConfig:
     """Attention kernel of the transformer's blocks: PyTorch's choice, flash, or cuDNN's, which Hopper runs fastest."""
     enable_gradient_checkpointing: Recompute = "auto"
     """Compute activations again in the backward pass: true, false, or auto, which recomputes what does not fit."""
+    keep_student_graph: bool = False
+    """Keep the student's activations while the identity loss is computed: one forward pass fewer, the most memory."""
+    rollout_graphs: bool = False
+    """Replay the teacher's passes as CUDA graphs, which takes the wait for Python out of rollouts; no offload."""
     rollout_precision: Literal["full", "fp8"] = "full"
     """fp8: the widest layers multiply in float8 between harvested points; approximates states, not targets."""
     rollout_stride: int = 1
@@ -61,6 +66,10 @@ class SpeedConfig:
             "--block_offload needs the blocks recomputed: drop --enable_gradient_checkpointing false.",
         )
         require(
+            not (self.block_offload and self.rollout_graphs),
+            "--block_offload moves weights about, which --rollout_graphs cannot replay: drop one of them.",
+        )
+        require(
             not (self.rollout_precision == "fp8" and self.weight_storage == "int8"),
             "--rollout_precision fp8 cannot multiply int8 weights: use --weight_storage fp8 or full.",
         )
@@ -68,7 +77,14 @@ class SpeedConfig:
 
 PRESETS: dict[str, SpeedConfig] = {
     "exact": SpeedConfig(),
-    "fast": SpeedConfig(compile=True, attention_backend="cudnn", rollout_precision="fp8", id_decode_recompute=False),
+    "fast": SpeedConfig(
+        compile=True,
+        attention_backend="cudnn",
+        keep_student_graph=True,
+        rollout_graphs=True,
+        rollout_precision="fp8",
+        id_decode_recompute=False,
+    ),
     "low_memory": SpeedConfig(weight_storage="int8", enable_gradient_checkpointing="true", id_decode_tile=128),
 }
 """What a mode stands for."""
@@ -89,11 +105,12 @@ class Acceleration:
     switch: Fp8Switch
     recompute: BlockRecompute
 
-    def teacher(self, denoiser: Denoiser, exact_sigmas: Callable[[int], Collection[float]]) -> Denoiser | FastTeacher:
+    def teacher(self, denoiser: Denoiser, exact_sigmas: Callable[[int], Collection[float]]) -> Teacher:
         """Returns who leads the rollouts; `exact_sigmas` says what will be harvested from each, by its number."""
+        leader = GraphedTeacher(denoiser, self.switch) if self.config.rollout_graphs else denoiser
         if self.config.rollout_precision == "full" and self.config.rollout_stride == 1:
-            return denoiser
-        return FastTeacher(denoiser, exact_sigmas, switch=self.switch, stride=self.config.rollout_stride)
+            return leader
+        return FastTeacher(leader, exact_sigmas, switch=self.switch, stride=self.config.rollout_stride)
 
     def end_step(self, least: Callable[[int], int] = int) -> None:
         """Tells that an optimizer step is over; `least` as for `BlockRecompute.end_step`."""

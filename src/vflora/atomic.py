@@ -25,11 +25,23 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     Returns:
         `target`.
     """
+    unfinished = begin_folder(target)
+    fill(unfinished)
+    return finish_folder(target)
+
+
+def begin_folder(target: Path) -> Path:
+    """Returns an empty folder to fill, which `finish_folder` turns into `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.tmp")
+    unfinished = _unfinished(target)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    fill(unfinished)
+    return unfinished
+
+
+def finish_folder(target: Path) -> Path:
+    """Adds the manifest, waits for the disk, and makes the folder that `begin_folder` returned appear as `target`."""
+    unfinished = _unfinished(target)
     files = sorted(p for p in unfinished.rglob("*") if p.is_file())
     (unfinished / MANIFEST).write_text(json.dumps({str(p.relative_to(unfinished)): sha256(p) for p in files}))
     for path in [*unfinished.rglob("*"), unfinished]:
@@ -40,6 +52,10 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     unfinished.rename(target)
     _sync(target.parent)
     return target
+
+
+def _unfinished(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
 
 
 def replace_file(target: Path, write: Callable[[Path], None]) -> None:

@@ -17,17 +17,23 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.api
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from vflora.atomic import MANIFEST, require_space, sha256, write_folder
+from vflora.atomic import MANIFEST, begin_folder, finish_folder, require_space, sha256
+from vflora.distributed.world import ALONE, World
 from vflora.errors import UserError
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SPARE_BYTES = 64 << 20
@@ -41,12 +47,14 @@ class RunState:
         step: optimizer steps done.
         batches: batches that each data-parallel process has used.
         data_fingerprint: of the training shards and their manifest.
+        samples_per_step: of all processes and micro-batches together; 0 if it was not recorded.
         torch_version: that wrote the checkpoint; exact resume is promised for the same one.
     """
 
     step: int
     batches: int
     data_fingerprint: str
+    samples_per_step: int = 0
     torch_version: str = torch.__version__
 
 
@@ -58,40 +66,111 @@ def save_checkpoint(
     write_adapter: Callable[[Path], None],
     *,
     keep: int | None,
+    world: World = ALONE,
 ) -> Path:
-    """Writes checkpoint-<step> and removes the oldest ones beyond `keep`.
+    """Writes checkpoint-<step> and removes the oldest ones beyond `keep`; all processes call it together.
 
     Args:
-        output_dir: of the run.
+        output_dir: of the run; on storage that all processes share.
         state: step and data position.
-        tensors: LoRA and optimizer state by name.
+        tensors: LoRA and optimizer state by name, the same on every process.
         config_yaml: the resolved settings.
-        write_adapter: writes the adapter into the folder it is given.
+        write_adapter: writes the adapter into the folder it is given; called on the main process.
         keep: how many to keep; None for all.
+        world: the processes.
 
     Raises:
-        UserError: if the disk has no room, before anything is written.
+        UserError: on every process, if the disk has no room; the checkpoints before stay as they are.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    require_space(
-        output_dir,
-        2 * sum(t.numel() * t.element_size() for t in tensors.values()) + _SPARE_BYTES,
-        "make room and resume from the last checkpoint, which is whole; --keep_checkpoints N bounds their number.",
-    )
-
-    def fill(folder: Path) -> None:
-        with _single_process():
-            dcp.save(dict(tensors), checkpoint_id=folder / "dcp", no_dist=True)
-        (folder / "lora").mkdir()
-        write_adapter(folder / "lora")
-        (folder / "config.yaml").write_text(config_yaml)
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
-
     # A run that went back to an earlier checkpoint comes by this step again, and replaces what is there.
-    final = write_folder(output_dir / f"checkpoint-{state.step}", fill)
-    for old in list_checkpoints(output_dir)[: -keep if keep else 0]:
-        shutil.rmtree(old)
-    return final
+    final = output_dir / f"checkpoint-{state.step}"
+
+    def begin() -> Path:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        require_space(
+            output_dir,
+            2 * sum(t.numel() * t.element_size() for t in tensors.values()) + _SPARE_BYTES,
+            "make room and resume from the last checkpoint, which is whole; --keep_checkpoints N bounds their number.",
+        )
+        return begin_folder(final)
+
+    def finish() -> Path:
+        (unfinished / "lora").mkdir()
+        write_adapter(unfinished / "lora")
+        (unfinished / "config.yaml").write_text(config_yaml)
+        (unfinished / "state.json").write_text(json.dumps(asdict(state), indent=2))
+        finish_folder(final)
+        for old in list_checkpoints(output_dir)[: -keep if keep else 0]:
+            shutil.rmtree(old)
+        return final
+
+    unfinished = world.from_main(lambda: _or_refuse(begin, output_dir))
+    _or_refuse(lambda: _save_tensors(tensors, unfinished / "dcp", world), output_dir)
+    return world.from_main(lambda: _or_refuse(finish, output_dir))
+
+
+def _save_tensors(tensors: dict[str, Tensor], folder: Path, world: World) -> None:
+    """Writes what every process holds alike, each process a share of it."""
+    if world.size > 1:
+        dcp.save(dict(tensors), checkpoint_id=folder, process_group=world.group)
+        return
+    with _single_process():
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+
+
+def _or_refuse(write: Callable[[], T], output_dir: Path) -> T:
+    """Turns what the disk says into a sentence."""
+    try:
+        return write()
+    except (OSError, dcp.api.CheckpointException) as error:
+        causes = [error] if isinstance(error, OSError) else [cause for cause, _ in error.failures.values()]
+        raise UserError(
+            f"no checkpoint could be written to {output_dir}: {causes[0]}; the checkpoints before are whole: make "
+            "room and go on with --resume_from_checkpoint latest."
+        ) from error
+
+
+class CheckpointWriter:
+    """Saves now, or in a thread while the training goes on."""
+
+    def __init__(self, world: World, *, asynchronous: bool):
+        """Takes the processes; all of them make one."""
+        self._world = world.aside() if asynchronous else world
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
+        self._pending: Future[Path] | None = None
+
+    def save(self, output_dir: Path, state: RunState, tensors: dict[str, Tensor], *rest: Any, **options: Any) -> Path:
+        """As `save_checkpoint`; in a thread it works on copies, and returns the folder that is going to be.
+
+        Raises:
+            UserError: if this one, or the one before in the thread, could not be written.
+        """
+        self.wait()
+        if self._thread is None:
+            return save_checkpoint(output_dir, state, tensors, *rest, **options, world=self._world)
+        copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        self._pending = self._thread.submit(
+            save_checkpoint, output_dir, state, copies, *rest, **options, world=self._world
+        )
+        return output_dir / f"checkpoint-{state.step}"
+
+    def wait(self) -> None:
+        """Returns when everything is on the disk.
+
+        Raises:
+            UserError: if it could not be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -100,12 +179,14 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
 
 
-def find_checkpoint(wanted: str, output_dir: Path) -> Path:
-    """Returns the checkpoint folder that `--resume_from_checkpoint` means.
+def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
+    """Returns the checkpoint folder that `--resume_from_checkpoint` means; None for `auto` at the very beginning.
 
     Raises:
         UserError: if there is none.
     """
+    if wanted == "auto":
+        return next(reversed(list_checkpoints(output_dir)), None)
     if wanted == "latest":
         found = list_checkpoints(output_dir)
         if not found:
@@ -113,7 +194,7 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path:
         return found[-1]
     folder = Path(wanted)
     if not (folder / "state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint folder: give one, or `latest`.")
+        raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint folder: give one, `latest`, or `auto`.")
     return folder
 
 

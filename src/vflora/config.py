@@ -229,7 +229,9 @@ class RunConfig:
     seed: int = 42
     """Of everything random."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or `latest` for the newest one in --output_dir."""
+    """A checkpoint folder, `latest` for the newest one in --output_dir, or `auto`: the newest one if there is any."""
+    async_save: bool = False
+    """Write checkpoints in a thread while the training goes on."""
     teacher_check: int = 0
     """Every so many steps, assert that the teacher's prediction on a fixed input has not moved by a bit; 0 is never."""
 

@@ -23,7 +23,7 @@ class IdentityGradient:
     Attributes:
         loss: mean of 1 - cosine.
         gradient: d loss / d x0 [B, C, T, H, W], fp32.
-        cosines: of every sampled frame to its anchor [B, K].
+        cosines: of every sampled frame to its anchor [B, K], on the CPU.
         frames: frame index of each [B, K].
     """
 
@@ -77,7 +77,7 @@ class IdentityTerm:
             frames = self.embedder.embed(pixels.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clean), -1))
             loss, cosines = identity_loss(frames, self.embed_anchors(anchors), self.config.id_margin)
             (gradient,) = torch.autograd.grad(loss, clean)
-        return IdentityGradient(loss.item(), gradient, cosines, chosen.expand(len(clean), -1))
+        return IdentityGradient(loss.item(), gradient, cosines.cpu(), chosen.expand(len(clean), -1))
 
     @torch.no_grad()
     def embed_anchors(self, anchors: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from vflora.distributed.world import ALONE, World
 from vflora.errors import NonFiniteError
 from vflora.identity_term import IdentityTerm
 from vflora.losses import identity_weight
@@ -26,7 +27,14 @@ class Learner(Protocol):
     identity: IdentityTerm
 
 
-def learn(training: Learner, lesson: Lesson, step: int, micro: int, clock: StepClock) -> LossReport:
+def learn(
+    training: Learner,
+    lesson: Lesson,
+    step: int,
+    micro: int,
+    clock: StepClock,
+    world: World = ALONE,
+) -> LossReport:
     """Harvests the lesson's trajectory for this step and adds its gradient.
 
     Args:
@@ -35,9 +43,10 @@ def learn(training: Learner, lesson: Lesson, step: int, micro: int, clock: StepC
         step: optimizer steps done.
         micro: number of the lesson within the step.
         clock: of the step.
+        world: the processes, each with a lesson of its own.
 
     Raises:
-        NonFiniteError: naming the part of the loss that is not finite, and the step.
+        NonFiniteError: naming the part of the loss that is not finite on some process, and the step.
     """
     settings, config = training.settings, training.settings.identity
     deep = deep_index(settings.rollout, settings.run.seed, step)
@@ -57,7 +66,7 @@ def learn(training: Learner, lesson: Lesson, step: int, micro: int, clock: StepC
     )
     if settings.lora.lora_dropout > 0:
         # The only global generator in the step: seeded per micro-batch, so that a resumed run drops the same.
-        torch.manual_seed(settings.run.seed * 1_000_003 + step * 1_009 + micro)
+        torch.manual_seed(settings.run.seed * 1_000_003 + step * 1_009 + micro + world.rank * 500_009)
     scale = 1 / settings.optimizer.gradient_accumulation_steps
     try:
         return training_step(
@@ -66,6 +75,7 @@ def learn(training: Learner, lesson: Lesson, step: int, micro: int, clock: StepC
             inputs,
             scale=scale,
             clock=clock,
+            is_finite=world.all_finite,
             keep_graph=settings.speed.keep_student_graph,
         )
     except NonFiniteError as error:

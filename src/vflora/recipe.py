@@ -10,7 +10,8 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ def training_step(
     *,
     scale: float,
     clock: StepClock,
+    is_finite: Callable[[float], bool] = math.isfinite,
     keep_graph: bool = False,
 ) -> LossReport:
     """Adds the gradient of `scale` times the loss to the LoRA's gradients.
@@ -59,6 +61,8 @@ def training_step(
     the distillation loss of the deepest point as one linear term, and both go through the student together. That is
     the same gradient as in one piece, without the decoder's and the student's graphs ever coexisting. `keep_graph`
     lets them coexist instead: more memory, and one forward pass of the student fewer.
+
+    `is_finite` is asked about every part of the loss; with several processes it is where they agree to stop.
 
     Raises:
         NonFiniteError: if a part of the loss is not finite.
@@ -72,7 +76,7 @@ def training_step(
             kept = velocity if keep_graph else None
             estimate = clean_estimate(deepest.latents, deepest.sigma, velocity.detach())
             judged = identity.gradient(estimate, inputs.anchors, *inputs.key)
-        _require_finite(judged.loss, "the identity loss")
+        _require_finite(is_finite, judged.loss, "the identity loss")
 
     errors: dict[float, float] = {}
     # A graph that is kept goes first, so that there is never a second one beside it.
@@ -87,13 +91,13 @@ def training_step(
                 estimate = clean_estimate(point.latents, point.sigma, velocity)
                 loss = loss + inputs.identity_weight * (judged.gradient * estimate).sum()
             (scale * loss).backward()
-        _require_finite(error.item(), f"the distillation loss at sigma {point.sigma:.3f}")
+        _require_finite(is_finite, error.item(), f"the distillation loss at sigma {point.sigma:.3f}")
         errors[point.sigma] = error.item()
     return _report(inputs, [errors[point.sigma] for point in inputs.points], judged, clock)
 
 
-def _require_finite(value: float, part: str) -> None:
-    if not abs(value) < float("inf"):
+def _require_finite(is_finite: Callable[[float], bool], value: float, part: str) -> None:
+    if not is_finite(value):
         raise NonFiniteError(part)
 
 

@@ -72,6 +72,19 @@ class RunLog:
             self._wandb.finish()
 
 
+class NoLog:
+    """What the processes beside the main one write to."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     if not path.is_file():
         return

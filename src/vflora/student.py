@@ -6,24 +6,42 @@ import torch
 from torch import Tensor
 
 from vflora.adapters import read_adapter
+from vflora.config import require
+from vflora.distributed.sequence_parallel import enable_context_parallel
+from vflora.distributed.sharding import shard
+from vflora.distributed.world import ALONE, World
 from vflora.errors import UserError
 from vflora.models.denoiser import Denoiser
 from vflora.models.loading import load_transformer
 from vflora.models.lora import ADAPTER, add_lora
-from vflora.models.speed import Acceleration, accelerate
+from vflora.models.speed import Acceleration, SpeedConfig, accelerate
 from vflora.random_streams import keyed_noise
 from vflora.settings import TrainSettings
 from vflora.types import Conditions
 
 
-def build_student(settings: TrainSettings, dtype: torch.dtype, device: torch.device) -> tuple[Denoiser, Acceleration]:
+def build_student(
+    settings: TrainSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    world: World = ALONE,
+) -> tuple[Denoiser, Acceleration]:
     """Loads the base model into main memory, adds the LoRA, and places both on `device` as the speed settings say.
+
+    Several processes hold a share of the base each, unless they are told not to.
 
     Raises:
         UserError: if the model, the layers to train or the LoRA to start from do not fit, or the device lacks what a
             setting needs.
     """
     model, lora = settings.model, settings.lora
+    sharded = world.size > 1 and settings.distributed.enable_fsdp
+    if sharded:
+        _require_shardable(settings.speed)
+    require(
+        not (settings.speed.rollout_graphs and world.sp_size > 1),
+        "--rollout_graphs cannot replay what processes that share a sample tell each other: drop it or --sp_size.",
+    )
     transformer = load_transformer(model.pipeline_dir, model.transformer_version, dtype, "cpu")
     add_lora(
         transformer,
@@ -38,7 +56,20 @@ def build_student(settings: TrainSettings, dtype: torch.dtype, device: torch.dev
     denoiser = Denoiser(transformer)
     if lora.pretrained_lora_path:
         _start_from(denoiser, lora.pretrained_lora_path, lora.lora_alpha / lora.lora_r)
-    return denoiser, accelerate(transformer, settings.speed, device)
+    if sharded:
+        shard(transformer, world, device)
+    acceleration = accelerate(transformer, settings.speed, device)
+    enable_context_parallel(transformer, world)
+    return denoiser, acceleration
+
+
+def _require_shardable(speed: SpeedConfig) -> None:
+    plain = SpeedConfig()
+    for name in ("weight_storage", "rollout_precision", "rollout_graphs", "block_offload"):
+        require(
+            getattr(speed, name) == getattr(plain, name),
+            f"--{name} does not go with a base that is sharded over processes: drop it, or add --enable_fsdp false.",
+        )
 
 
 @torch.no_grad()

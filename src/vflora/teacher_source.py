@@ -39,6 +39,11 @@ class Lesson:
     number: int
 
 
+def batches_before(step: int, config: RolloutConfig, accumulation: int) -> int:
+    """Returns how many batches of a process the steps before `step` have finished with."""
+    return step // config.trajectory_reuse * accumulation
+
+
 class TeacherSource:
     """Makes the lessons of a step, and keeps them while steps share them."""
 
@@ -84,7 +89,7 @@ class TeacherSource:
 
     def batches_before(self, step: int) -> int:
         """Returns how many batches the steps before `step` have finished with: where a resumed run starts."""
-        return step // self._config.trajectory_reuse * self._accumulation
+        return batches_before(step, self._config, self._accumulation)
 
     def lessons(self, step: int, clock: StepClock) -> list[Lesson]:
         """Returns the micro-batches of optimizer step `step`; steps must be asked for in order."""

@@ -10,56 +10,69 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from vflora.checkpoint import RunState, save_checkpoint
+from vflora.checkpoint import CheckpointWriter, RunState
+from vflora.distributed.world import joined
 from vflora.learning import learn
 from vflora.models.lora import ADAPTER
 from vflora.models.lora_formats import build_header, from_transformer, write_lora
-from vflora.run_log import RunLog
+from vflora.run_log import NoLog, RunLog
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock
 from vflora.stopping import stop_requests
-from vflora.training_setup import Training, set_up
+from vflora.training_setup import Training, samples_per_step, set_up
 from vflora.types import LossReport
 
 logger = logging.getLogger(__name__)
 
 
 def run(settings: TrainSettings) -> Path:
-    """Trains, and returns the folder of the last checkpoint.
+    """Trains, alone or as one of the processes that torchrun started, and returns the folder of the last checkpoint.
 
     Raises:
         UserError: for bad input, and NonFiniteError where a loss or gradient is not finite.
     """
-    training = set_up(settings)
-    run_config = settings.run
-    log = RunLog(run_config.output_dir, run_config.logger, start_step=training.start_step, config=settings.flat())
-    (run_config.output_dir / "config.yaml").write_text(settings.yaml())
-    try:
-        return _loop(training, log)
-    finally:
-        log.close()
-        training.loader.close()
+    with joined(settings.distributed.sp_size, settings.model.torch_device()) as world:
+        training = set_up(settings, world)
+        log = _open_log(training)
+        writer = CheckpointWriter(world, asynchronous=settings.run.async_save)
+        try:
+            return _loop(training, log, writer)
+        finally:
+            log.close()
+            training.loader.close()
+            writer.close()
 
 
-def _loop(training: Training, log: RunLog) -> Path:
-    settings = training.settings
+def _open_log(training: Training) -> RunLog | NoLog:
+    if not training.world.is_main:
+        return NoLog()
+    settings, config = training.settings, training.settings.run
+    log = RunLog(config.output_dir, config.logger, start_step=training.start_step, config=settings.flat())
+    (config.output_dir / "config.yaml").write_text(settings.yaml())
+    return log
+
+
+def _loop(training: Training, log: RunLog | NoLog, writer: CheckpointWriter) -> Path:
+    settings, world = training.settings, training.world
     total = settings.optimizer.max_train_steps
     saved: Path | None = None
     with (
         stop_requests() as stop_requested,
-        tqdm(total=total, initial=training.start_step, desc="training", unit="step") as bar,
+        tqdm(total=total, initial=training.start_step, desc="training", unit="step", disable=not world.is_main) as bar,
     ):
         for step in range(training.start_step, total):
             began = time.perf_counter()
             clock = StepClock(training.device)
             reports = [
-                learn(training, lesson, step, micro, clock)
+                learn(training, lesson, step, micro, clock, world)
                 for micro, lesson in enumerate(training.source.lessons(step, clock))
             ]
             with clock.part("optimizer"):
+                world.reduce_gradients(training.optimizer.gradients())
                 gradient_norm = training.optimizer.step(step + 1)
-            training.acceleration.end_step()
+            training.acceleration.end_step(world.least)
             done = step + 1
+            reports = [report for own in world.gather_over_data(reports) for report in own]
             metrics = _metrics(reports, gradient_norm, training.optimizer.learning_rate)
             metrics |= {f"seconds/{part}": value for part, value in clock.seconds().items()}
             metrics["seconds/step"] = time.perf_counter() - began
@@ -72,15 +85,17 @@ def _loop(training: Training, log: RunLog) -> Path:
                 training.teacher_probe.check(done)
             if training.validator and (done % settings.validation.val_every_steps == 0 or done == total):
                 preview_dir = settings.run.output_dir / "previews" / f"step-{done:06d}"
-                log.scalars(done, training.validator.run(training.validation_batches, preview_dir))
-            stopping = stop_requested()
+                log.scalars(done, training.validator.run(training.validation_batches, preview_dir, world))
+            stopping = world.agree(stop_requested())
             if done % settings.run.save_every_steps == 0 or done == total or stopping:
-                saved = _save(training, done)
+                saved = _save(training, done, writer)
             if stopping:
+                writer.wait()
                 logger.warning(
                     "stopped after step %d; go on with --resume_from_checkpoint latest (saved: %s)", done, saved
                 )
                 break
+        writer.wait()
     if saved is None:
         raise RuntimeError("the loop ended without a step: the checkpoint it resumed from was already complete")
     return saved
@@ -115,15 +130,20 @@ def _glance(metrics: dict[str, float]) -> dict[str, str]:
     return shown
 
 
-def _log_cosines(log: RunLog, step: int, reports: list[LossReport]) -> None:
+def _log_cosines(log: RunLog | NoLog, step: int, reports: list[LossReport]) -> None:
     cosines = [report.cosines for report in reports if report.cosines is not None]
     if cosines:
         log.histogram(step, "cosine", torch.cat(cosines))
 
 
-def _save(training: Training, step: int) -> Path:
+def _save(training: Training, step: int, writer: CheckpointWriter) -> Path:
     settings = training.settings
-    state = RunState(step, training.source.batches_before(step), training.data_fingerprint)
+    state = RunState(
+        step,
+        training.source.batches_before(step),
+        training.data_fingerprint,
+        samples_per_step(settings, training.world),
+    )
     header = build_header(
         title=settings.run.output_dir.resolve().name,
         base_model=settings.model.pipeline_dir,
@@ -131,11 +151,13 @@ def _save(training: Training, step: int) -> Path:
         characters=training.characters,
     )
 
+    # Copied now: the writer may work on while the training goes on.
+    weights = from_transformer(training.denoiser.transformer, ADAPTER)
+
     def write_adapter(folder: Path) -> None:
-        weights = from_transformer(training.denoiser.transformer, ADAPTER)
         write_lora(weights, folder / "pytorch_lora_weights.safetensors", "diffusers", header)
 
-    return save_checkpoint(
+    return writer.save(
         settings.run.output_dir,
         state,
         training.state_tensors(),

@@ -16,6 +16,7 @@ from vflora.checkpoint import find_checkpoint, read_state, read_tensors, verify_
 from vflora.data.pipeline import TrainLoader
 from vflora.data.schema import DataSet
 from vflora.data.validation import ValidationLoader
+from vflora.distributed.world import ALONE, World, require_divisible
 from vflora.errors import UserError
 from vflora.flow import sampling_sigmas
 from vflora.identity_term import IdentityTerm
@@ -30,7 +31,7 @@ from vflora.prompts import prompt_maker
 from vflora.resolution import clip_size
 from vflora.settings import TrainSettings, require_same_recipe
 from vflora.student import TeacherProbe, build_student
-from vflora.teacher_source import TeacherSource
+from vflora.teacher_source import TeacherSource, batches_before
 from vflora.types import Batch
 from vflora.validation import Validator
 
@@ -42,6 +43,7 @@ class Training:
     """A run that is ready to start or to go on."""
 
     settings: TrainSettings
+    world: World
     device: torch.device
     denoiser: Denoiser
     acceleration: Acceleration
@@ -62,8 +64,8 @@ class Training:
         return lora | {f"optimizer/{key}": value for key, value in self.optimizer.state_tensors().items()}
 
 
-def set_up(settings: TrainSettings) -> Training:
-    """Builds a run, or restores the one that `--resume_from_checkpoint` names.
+def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
+    """Builds a run, or restores the one that `--resume_from_checkpoint` names; all processes call it together.
 
     Raises:
         UserError: for whatever is wrong with the settings, the data, the models or the checkpoint.
@@ -71,17 +73,11 @@ def set_up(settings: TrainSettings) -> Training:
     model, run = settings.model, settings.run
     device, dtype = model.torch_device(), model.torch_dtype()
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
-    checkpoint = find_checkpoint(run.resume_from_checkpoint, run.output_dir) if run.resume_from_checkpoint else None
+    checkpoint = world.from_main(lambda: _checkpoint(settings, dataset.fingerprint, world))
     start_step = start_batch = 0
     if checkpoint is not None:
-        verify_checkpoint(checkpoint)
-        state = read_state(checkpoint)
-        _require_same_run(checkpoint, settings, dataset.fingerprint, state.data_fingerprint)
-        start_step, start_batch = state.step, state.batches
-        if start_step >= settings.optimizer.max_train_steps:
-            raise UserError(
-                f"{checkpoint} has all {start_step} steps already: raise --max_train_steps to go on from it."
-            )
+        start_step = read_state(checkpoint).step
+        start_batch = batches_before(start_step, settings.rollout, settings.optimizer.gradient_accumulation_steps)
     make_prompt = prompt_maker(settings.prompts)
 
     logger.info("loading the VAE")
@@ -103,7 +99,18 @@ def set_up(settings: TrainSettings) -> Training:
         keep_images_on_disk=not settings.data.enable_augmentation,
     )
     logger.info("loading the transformer")
-    denoiser, acceleration = build_student(settings, dtype, device)
+    denoiser, acceleration = build_student(settings, dtype, device, world)
+    clips = [settings.rollout.train_video_length]
+    if settings.validation.enable_validation:
+        clips.append(settings.validation.val_video_length)
+    require_divisible(
+        heads=denoiser.transformer.config["num_attention_heads"],
+        tokens={
+            f"{size[0]}x{size[1]} with {frames} frames": _tokens(denoiser, _latent_shape(vae, frames, size))
+            for frames in clips
+        },
+        sp_size=world.sp_size,
+    )
     optimizer = LoraOptimizer(denoiser.lora_parameters(), settings.optimizer)
     if checkpoint is not None:
         _restore(denoiser, optimizer, read_tensors(checkpoint), start_step)
@@ -117,7 +124,7 @@ def set_up(settings: TrainSettings) -> Training:
         block = (start_batch + rollout) // accumulation
         return harvested_sigmas(settings.rollout, run.seed, block, sigmas)
 
-    loader = TrainLoader(dataset, settings.data, seed=run.seed, start_batch=start_batch)
+    loader = TrainLoader(dataset, settings.data, seed=run.seed, rank=world.dp_rank, start_batch=start_batch)
     source = TeacherSource(
         loader,
         start_batch=start_batch,
@@ -150,6 +157,7 @@ def set_up(settings: TrainSettings) -> Training:
     blank = torch.zeros(1, 3, *dataset.size, dtype=torch.uint8)
     return Training(
         settings=settings,
+        world=world,
         device=device,
         denoiser=denoiser,
         acceleration=acceleration,
@@ -177,6 +185,11 @@ def _latent_shape(vae: AutoencoderKLHunyuanVideo15, frames: int, size: tuple[int
     return vae.config.latent_channels, (frames - 1) // time + 1, size[0] // space, size[1] // space
 
 
+def _tokens(denoiser: Denoiser, latent_shape: tuple[int, int, int, int]) -> int:
+    config, (_, frames, height, width) = denoiser.transformer.config, latent_shape
+    return frames // config["patch_size_t"] * (height // config["patch_size"]) * (width // config["patch_size"])
+
+
 @torch.no_grad()
 def _restore(denoiser: Denoiser, optimizer: LoraOptimizer, tensors: dict[str, Tensor], step: int) -> None:
     for name, parameter in denoiser.lora_parameters().items():
@@ -186,14 +199,34 @@ def _restore(denoiser: Denoiser, optimizer: LoraOptimizer, tensors: dict[str, Te
     optimizer.load_state_tensors(state, step)
 
 
-def _require_same_run(checkpoint: Path, settings: TrainSettings, data: str, saved_data: str) -> None:
-    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    require_same_recipe(saved, settings.flat(), where=checkpoint)
-    if data != saved_data:
+def _checkpoint(settings: TrainSettings, data_fingerprint: str, world: World) -> Path | None:
+    """Returns the checkpoint to go on from, whole and of the same run, or None to start anew."""
+    wanted = settings.run.resume_from_checkpoint
+    folder = find_checkpoint(wanted, settings.run.output_dir) if wanted else None
+    if folder is None:
+        return None
+    verify_checkpoint(folder)
+    state = read_state(folder)
+    require_same_recipe(yaml.safe_load((folder / "config.yaml").read_text()), settings.flat(), where=folder)
+    if state.data_fingerprint != data_fingerprint:
         raise UserError(
-            f"{checkpoint} was trained on another data set than {settings.data.wds_root}: "
+            f"{folder} was trained on another data set than {settings.data.wds_root}: "
             "resume with that one, or start anew in another --output_dir."
         )
+    samples = samples_per_step(settings, world)
+    if state.samples_per_step not in (0, samples):
+        raise UserError(
+            f"{folder} was trained with {state.samples_per_step} samples a step and this run would take {samples}: "
+            "choose --batch_size and --gradient_accumulation_steps so that processes x batch x accumulation stays."
+        )
+    if state.step >= settings.optimizer.max_train_steps:
+        raise UserError(f"{folder} has all {state.step} steps already: raise --max_train_steps to go on from it.")
+    return folder
+
+
+def samples_per_step(settings: TrainSettings, world: World) -> int:
+    """Returns how many samples an optimizer step sees, over all processes and micro-batches."""
+    return world.dp_size * settings.data.batch_size * settings.optimizer.gradient_accumulation_steps
 
 
 def _validation_batches(settings: TrainSettings) -> list[Batch]:

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
 
+from vflora.distributed.world import ALONE, World
 from vflora.evaluate import VideoScores, score_video, teacher_deviation
 from vflora.flow import clean_estimate
 from vflora.models.conditions import ConditionEncoder
@@ -54,17 +55,27 @@ class Validator:
         self._guidance_scale, self._seed, self._device = guidance_scale, seed, device
 
     @torch.no_grad()
-    def run(self, batches: Iterable[Batch], preview_dir: Path | None) -> dict[str, float]:
+    def run(self, batches: Iterable[Batch], preview_dir: Path | None, world: World = ALONE) -> dict[str, float]:
         """Returns the metrics, averaged over the samples; previews show the teacher left, the student right.
 
+        The processes share the samples; all of them call it and all get the same metrics.
+
         Args:
-            batches: held-out pictures.
+            batches: held-out pictures, the same on every process.
             preview_dir: folder for one mp4 per sample; None writes none.
+            world: the processes.
         """
-        rows: list[dict[str, float]] = []
-        for batch in batches:
-            for index in range(len(batch)):
-                rows.append(self._sample(batch, index, preview_dir))
+        samples = [(batch, index) for batch in batches for index in range(len(batch))]
+        mine = range(world.dp_rank, len(samples), world.dp_size)
+        rounds = -(-len(samples) // world.dp_size)
+        # Who has a sample less repeats one, without a preview: a sharded model computes on all processes or on none.
+        turns = [*mine, *[0] * (rounds - len(mine))]
+        own = [
+            self._sample(*samples[number], preview_dir if turn < len(mine) and world.leads_sample else None)
+            for turn, number in enumerate(turns)
+        ]
+        everyone = world.gather_over_data(own)
+        rows = [everyone[number % world.dp_size][number // world.dp_size] for number in range(len(samples))]
         metrics = {name: fmean(row[name] for row in rows) for name in rows[0]}
         metrics["val/motion_ratio"] = metrics["val/student_motion"] / max(metrics["val/teacher_motion"], 1e-9)
         if metrics["val/motion_ratio"] < FROZEN_RATIO:

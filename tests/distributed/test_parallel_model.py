@@ -37,9 +37,9 @@ def learn(denoiser, latents, conditions):
 
 def parallel(world, *, sharded, dtype=torch.float32):
     denoiser = student(dtype)
-    enable_context_parallel(denoiser.transformer, world)
     if sharded:
         shard(denoiser.transformer, world, CPU)
+    enable_context_parallel(denoiser.transformer, world)
     return denoiser
 
 

@@ -30,7 +30,7 @@ _PLAN = {
 def enable_context_parallel(transformer: HunyuanVideo15Transformer3DModel, world: World) -> None:
     """Splits every forward pass over the processes that share a sample, in place.
 
-    The sum of their gradients is the gradient. Call it after `make_dense` and before sharding.
+    The sum of their gradients is the gradient. Call it after `make_dense`, sharding and compiling.
 
     Args:
         transformer: with the dense forward pass, which pads the text to a length that divides.

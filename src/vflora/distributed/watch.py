@@ -17,11 +17,24 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from vflora.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 2.0
 _PATIENCE_SECONDS = 30.0
 _SUSPICION_SECONDS = 7.0
+
+
+class LostProcessError(UserError):
+    """Another process is gone, and this one cannot go on without it."""
+
+    def __init__(self, names: list[str]):
+        """Takes the names of the processes that are gone."""
+        super().__init__(
+            f"{' and '.join(names)} is gone, and nothing can go on without it: start again with "
+            "--resume_from_checkpoint auto (torchrun --max_restarts does so by itself)."
+        )
 
 
 class Watch:
@@ -99,7 +112,7 @@ class Watch:
                 self._store.set(self._key("beat", self._rank), str(count))
                 beats = self._store.multi_get([self._key("beat", other) for other in self._others])
             except dist.DistError:
-                self._end("torchrun's store does not answer: the machine or the launcher that holds it is gone")
+                self._end("torchrun's store does not answer: the machine or the launcher that holds it is gone.")
                 return
             now = time.monotonic()
             for other, beat in zip(self._others, beats, strict=True):
@@ -107,7 +120,7 @@ class Watch:
                     self._last[other], self._seen[other] = beat, now
             silent = self._silent(self._patience_seconds)
             if silent:
-                self._end(f"{' and '.join(silent)} no longer answers")
+                self._end(str(LostProcessError(silent)))
                 return
 
     def _silent(self, seconds: float) -> list[str]:
@@ -117,11 +130,7 @@ class Watch:
     def _end(self, what: str) -> None:
         if self._stop.is_set():
             return
-        logger.error(
-            "%s; process %d stops too: go on from the last checkpoint with --resume_from_checkpoint auto",
-            what,
-            self._rank,
-        )
+        logger.error("vflora: %s (said process %d)", what, self._rank)
         logging.shutdown()
         # The main thread may be waiting in a collective that will never end, and cannot be interrupted there.
         os._exit(1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Self, TypeVar
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from vflora.distributed.watch import Watch
+from vflora.distributed.watch import LostProcessError, Watch
 from vflora.errors import UserError
 
 T = TypeVar("T")
@@ -49,6 +51,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes logs, checkpoints and previews."""
         return self.rank == 0
+
+    @property
+    def leads_sample(self) -> bool:
+        """Whether this process is the first of those that share a sample."""
+        return self.rank % self.sp_size == 0
 
     @property
     def dp_size(self) -> int:
@@ -143,6 +150,28 @@ class World:
         dist.destroy_process_group()
 
 
+ALONE = World()
+"""A single process."""
+
+
+@contextmanager
+def joined(sp_size: int, device: torch.device) -> Iterator[World]:
+    """`start`, and parting in peace at the end; a failure that another process caused is told with its name.
+
+    Raises:
+        LostProcessError: if a collective failed because a process is gone.
+    """
+    world = start(sp_size, device)
+    try:
+        yield world
+    except RuntimeError as error:
+        gone = world.watch.gone() if world.watch else []
+        if gone:
+            raise LostProcessError(gone) from error
+        raise
+    world.close()
+
+
 def start(sp_size: int, device: torch.device) -> World:
     """Joins the processes that torchrun started; a process that runs by itself is a world of one.
 
@@ -156,8 +185,12 @@ def start(sp_size: int, device: torch.device) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     require_processes(size, sp_size)
     if size == 1:
-        return World()
+        return ALONE
+    if int(os.environ["RANK"]) > 0:
+        logging.getLogger("vflora").setLevel(logging.WARNING)
     if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"--device {device} names one GPU for {size} processes: leave --device out.")
         here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > devices:
             raise UserError(

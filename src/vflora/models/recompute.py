@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -49,8 +50,11 @@ class BlockRecompute:
             return block(*args)
         return checkpoint(block.__call__, *args, use_reentrant=False)
 
-    def end_step(self) -> None:
-        """Tells that an optimizer step is over; after the first one, `auto` decides."""
+    def end_step(self, least: Callable[[int], int] = int) -> None:
+        """Tells that an optimizer step is over; after the first one, `auto` decides.
+
+        Processes that compute together must recompute the same blocks: `least` returns the smallest of their numbers.
+        """
         if not self._undecided:
             return
         self._undecided = False
@@ -59,7 +63,7 @@ class BlockRecompute:
         free, _ = torch.cuda.mem_get_info()
         ours = free + torch.cuda.memory_reserved()
         spare = ours * (1 - _MARGIN) - torch.cuda.max_memory_allocated()
-        self.kept = max(0, min(len(self._order), 1 + int(spare / self._block_bytes)))
+        self.kept = least(max(0, min(len(self._order), 1 + int(spare / self._block_bytes))))
         logger.info(
             "gradient checkpointing: %d of %d blocks keep their activations (%.2f GiB a block, %.1f GiB were free)",
             self.kept,

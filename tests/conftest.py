@@ -7,9 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out for weight
 torch.set_num_threads(1)
 
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
-
 from PIL import Image  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from vflora.data.pack import PackConfig  # noqa: E402
 from vflora.data.pack import run as pack  # noqa: E402

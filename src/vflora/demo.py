@@ -123,9 +123,9 @@ def run(config: DemoConfig) -> Path:
     flags += ["--lora_scales", "0.5", "1.0", "--video_length", "17", "--num_inference_steps", "20", "--fps", "8"]
     flags += ["--dtype", "fp32", "--title", "Video-Free LoRA: the demo", "--notice", _NOTICE]
     flags += ["--dino_model_dir", f"{world}/dino", "--dino_head_path", str(here / "head")]
-    page = compare.run(parse("compare", flags), judge=WorldJudge(world_folder() / "grader.safetensors"))
+    compare.run(parse("compare", flags), judge=WorldJudge(world_folder() / "grader.safetensors"))
     report = here / "report.html"
-    shutil.copyfile(page, report)
+    shutil.copyfile(here / "comparison" / "index.html", report)
     logger.info(
         "\ndone in %.0f s\n  report   %s\n  adapter  %s\n  videos   %s",
         time.monotonic() - began,

@@ -43,7 +43,7 @@ class LoraOptimizer:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
-        return self._schedules[0].get_last_lr()[0]
+        return float(self._schedules[0].get_last_lr()[0])
 
     def gradients(self) -> list[Tensor]:
         """Returns the gradients, zeros for a parameter that the loss did not reach.

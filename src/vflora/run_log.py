@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -38,7 +39,7 @@ class RunLog:
         elif logger == "wandb":
             if importlib.util.find_spec("wandb") is None:
                 raise UserError("--logger wandb needs the package: pip install 'vflora[wandb]'.")
-            import wandb
+            wandb = importlib.import_module("wandb")
 
             self._wandb = wandb.init(project="vflora", dir=str(output_dir), config=config, resume="allow")
 

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class StepClock:
     def __init__(self, device: torch.device):
         """Takes the device that does the work."""
         self._cuda = device.type == "cuda"
-        self._spans: list[tuple[str, object, object]] = []
+        self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -39,7 +40,7 @@ class StepClock:
             sums[name] += start.elapsed_time(end) / 1000 if self._cuda else end - start
         return dict(sums)
 
-    def _mark(self):
+    def _mark(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -51,9 +51,7 @@ def test_the_conditions_of_the_right_sample_are_used_in_a_batch(transformer, mak
     denoiser = Denoiser(transformer)
     with torch.no_grad():
         together = denoiser.velocity(latents, torch.tensor([0.9, 0.2]), conditions)
-        alone = [
-            denoiser.velocity(latents[i : i + 1], (0.9, 0.2)[i], conditions.select(i)) for i in range(2)
-        ]
+        alone = [denoiser.velocity(latents[i : i + 1], (0.9, 0.2)[i], conditions.select(i)) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 

@@ -139,6 +139,9 @@ def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 class _Student(nn.Module):
     """DINOv3 and the projection that only training uses."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, dino: DINOv3ViTModel, width: int) -> None:
         super().__init__()
         # In train mode DINOv3 shifts its position code at random; in eval mode gradients flow all the same.

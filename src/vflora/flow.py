@@ -37,8 +37,6 @@ def clean_estimate(latents: Tensor, sigma: Tensor | float, velocity: Tensor) -> 
     return latents - sigma * velocity
 
 
-def euler_step(
-    latents: Tensor, velocity: Tensor, sigma: Tensor | float, next_sigma: Tensor | float
-) -> Tensor:
+def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor | float, next_sigma: Tensor | float) -> Tensor:
     """Returns the latents at the next, lower noise level."""
     return latents + (next_sigma - sigma) * velocity

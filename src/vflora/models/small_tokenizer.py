@@ -20,9 +20,7 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _SYSTEM_MESSAGE: str = (
-    inspect.signature(HunyuanVideo15ImageToVideoPipeline._get_mllm_prompt_embeds)
-    .parameters["system_message"]
-    .default
+    inspect.signature(HunyuanVideo15ImageToVideoPipeline._get_mllm_prompt_embeds).parameters["system_message"].default
 )
 
 

@@ -51,9 +51,7 @@ def best_poses(
         domain: geometric characters or creatures.
     """
     rows = [slice(row, row + 1) for row in range(len(video))]
-    parts = [
-        _best_poses(video[row], mask[row], centers[row], characters[row], radius[row], domain) for row in rows
-    ]
+    parts = [_best_poses(video[row], mask[row], centers[row], characters[row], radius[row], domain) for row in rows]
     return Poses(*(torch.cat([getattr(part, name) for part in parts]) for name in Poses.__dataclass_fields__))
 
 

@@ -2,15 +2,22 @@ import io
 import os
 import socket
 import traceback
+from functools import partial
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from vflora.distributed.world import start
+from vflora.distributed.world import joined
 
 
-def _child(rank, port, count, sp_size, work, answers):
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _child(rank, port, count, work, answers):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -19,49 +26,76 @@ def _child(rank, port, count, sp_size, work, answers):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    answer, error = None, None
     try:
-        world = start(sp_size, torch.device("cpu"))
-        answer = work(world)
-        world.close()
-    except BaseException:
-        answers.put((rank, None, traceback.format_exc()))
-        raise
+        answer = work()
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}\n{traceback.format_exc()}"
     # As bytes: shared tensors would die with the process that made them.
     packed = io.BytesIO()
     torch.save(answer, packed)
-    answers.put((rank, packed.getvalue(), None))
+    answers.put((rank, packed.getvalue(), error))
+    answers.close()
+    answers.join_thread()
+    os._exit(0 if error is None else 1)
+
+
+class Processes:
+    """Forked processes, which need not import everything again, each with the environment that torchrun gives."""
+
+    def __init__(self, count, work):
+        context = mp.get_context("fork")
+        self._answers = context.Queue()
+        port = free_port()
+        self.children = [
+            context.Process(target=_child, args=(rank, port, count, work, self._answers)) for rank in range(count)
+        ]
+        for child in self.children:
+            child.start()
+
+    def outcomes(self, expected, timeout):
+        """What `expected` of them returned or raised, by rank: (answer, error)."""
+        try:
+            found = [self._answers.get(timeout=timeout) for _ in range(expected)]
+            for child in self.children:
+                child.join(timeout)
+        finally:
+            for child in self.children:
+                child.kill()
+        return {rank: (torch.load(io.BytesIO(answer), weights_only=False), error) for rank, answer, error in found}
 
 
 @pytest.fixture
-def in_processes():
-    """Runs a function of a World in several processes and returns what each returned, by rank.
+def launch():
+    """Runs a function in several processes and returns what each returned, by rank."""
 
-    They are forked, so that they need not import everything again.
-    """
-
-    def run(count, work, *, sp_size=1, timeout=60):
-        context = mp.get_context("fork")
-        answers = context.Queue()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        children = [
-            context.Process(target=_child, args=(rank, port, count, sp_size, work, answers)) for rank in range(count)
-        ]
-        for child in children:
-            child.start()
-        results = {}
-        try:
-            for _ in children:
-                rank, answer, error = answers.get(timeout=timeout)
-                assert error is None, f"process {rank}:\n{error}"
-                results[rank] = torch.load(io.BytesIO(answer), weights_only=False)
-            for child in children:
-                child.join(timeout)
-                assert child.exitcode == 0
-        finally:
-            for child in children:
-                child.kill()
-        return [results[rank] for rank in range(count)]
+    def run(count, work, *, timeout=100):
+        outcomes = Processes(count, work).outcomes(count, timeout)
+        for rank, (_, error) in outcomes.items():
+            assert error is None, f"process {rank}: {error}"
+        return [outcomes[rank][0] for rank in range(count)]
 
     return run
+
+
+@pytest.fixture
+def launch_to_fail():
+    """Runs a function in several processes, which raise unless they are killed, and returns the errors by rank."""
+
+    def run(count, work, *, killed=0, timeout=100):
+        outcomes = Processes(count, work).outcomes(count - killed, timeout)
+        assert all(error is not None for _, error in outcomes.values())
+        return {rank: error for rank, (_, error) in outcomes.items()}
+
+    return run
+
+
+def _in_world(work, sp_size):
+    with joined(sp_size, torch.device("cpu")) as world:
+        return work(world)
+
+
+@pytest.fixture
+def in_processes(launch):
+    """Runs a function of a World in several processes and returns what each returned, by rank."""
+    return lambda count, work, *, sp_size=1: launch(count, partial(_in_world, work, sp_size))

@@ -1,0 +1,106 @@
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from vflora.cli import COMMANDS, build_parser, config_groups, main, parse
+
+FROZEN = Path(__file__).parent / "flags.json"
+REFERENCE = {
+    "train": {
+        "transformer_version": "480p_i2v", "wds_shuffle_buf": 128, "batch_size": 1, "num_workers": 4, "p_secondary": 0.1,
+        "secondary_cache_max_size": 128, "enable_augmentation": False, "augment_r": 0.92, "augment_j": 0.04,
+        "train_target_resolution": "480p", "train_video_length": 17, "num_inference_steps": 25, "harvest_count": 2,
+        "harvest_scheme": "bracket", "harvest_jitter_frac": 0.05, "id_timestep_frac_low": 0.6,
+        "id_timestep_frac_high": 0.85, "id_num_frames": 5, "lambda_id": 0.6, "lambda_id_schedule": "constant",
+        "lambda_id_warmup_steps": 500, "id_every_steps": 1, "id_decode_downsample_mode": "false",
+        "id_decode_scale": 0.5, "learning_rate": 1e-4, "weight_decay": 0.01, "gradient_accumulation_steps": 1,
+        "max_grad_norm": 1.0, "use_muon": True, "max_train_steps": 10000, "warmup_steps": 500, "use_lora": True,
+        "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": None,
+        "pretrained_lora_path": None, "save_every_steps": 1000, "log_every_steps": 10, "dtype": "bf16", "seed": 42,
+        "enable_validation": False, "val_every_steps": 1000, "val_num_samples": 4, "enable_fsdp": True,
+        "resume_from_checkpoint": None,
+        # Said otherwise on purpose: one process by default, and a length of the form 4n+1.
+        "sp_size": 1, "val_video_length": 61,
+    },
+    "train-head": {
+        "shuffle_buffer": 4096, "pk_identities": 16, "pk_instances": 4, "max_per_identity": 16, "total_steps": 10000,
+        "grad_accum": 1, "learning_rate": 5e-4, "weight_decay": 0.01, "warmup_ratio": 0.05, "temperature": 0.1,
+        "dropout": 0.1, "activation": "gelu", "use_layernorm": True, "proj_dims": [512, 256], "val_batches": 4,
+        "val_every": 1000, "log_every": 25, "save_every": 500, "seed": 1337, "model_dtype": "bf16",
+        "crop_ratio": 0.9, "crop_jitter": 0.06,
+    },
+    "generate": {
+        "negative_prompt": "", "aspect_ratio": "16:9", "num_inference_steps": None, "guidance_scale": None,
+        "video_length": 121, "num_frames": None, "offloading": True, "group_offloading": None, "dtype": "bf16",
+        "seed": 123, "fps": 24, "enable_torch_compile": False, "enable_cache": False, "cache_start_step": 11,
+        "cache_end_step": 45, "total_steps": 50, "cache_step_interval": 4, "save_generation_config": True,
+    },
+}  # fmt: skip
+
+
+def defaults(command):
+    values = {}
+    module = __import__(COMMANDS[command].module, fromlist=[COMMANDS[command].config])
+    for group in config_groups(getattr(module, COMMANDS[command].config)):
+        for field in fields(group):
+            default = field.default if field.default is not MISSING else None
+            if field.default_factory is not MISSING:
+                default = field.default_factory()
+            values[field.name] = default
+    return values
+
+
+@pytest.mark.parametrize("command", REFERENCE)
+def test_flags_of_the_reference_exist_with_their_defaults(command):
+    ours = defaults(command)
+    assert {name: ours[name] for name in REFERENCE[command]} == REFERENCE[command]
+
+
+def test_no_flag_appears_disappears_or_changes_its_default_unnoticed():
+    # After a change on purpose: write `found` to flags.json, and say so in the changelog.
+    found = {
+        command: {name: str(value) for name, value in defaults(command).items()} for command in sorted(COMMANDS)
+    }
+    assert found == json.loads(FROZEN.read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_a_sentence_for_every_flag(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    module = __import__(COMMANDS[command].module, fromlist=[COMMANDS[command].config])
+    groups = config_groups(getattr(module, COMMANDS[command].config))
+    for name in (name for group in groups for name in get_type_hints(group)):
+        assert f"--{name}" in shown
+    parser = build_parser(command, groups)
+    undocumented = [a.dest for a in parser._actions if not a.help]
+    assert undocumented == []
+
+
+def test_a_yaml_file_sets_flags_and_the_command_line_wins(train_flags, tmp_path):
+    (tmp_path / "run.yaml").write_text("harvest_count: 1\nid_num_frames: 3\n")
+    settings = parse("train", ["--config", str(tmp_path / "run.yaml"), *train_flags, "--id-num-frames", "4"])
+    assert settings.rollout.harvest_count == 1
+    assert settings.identity.id_num_frames == 4
+
+
+def test_the_saved_settings_are_a_config_file(train_flags, tmp_path):
+    settings = parse("train", train_flags)
+    (tmp_path / "saved.yaml").write_text(settings.yaml())
+    assert parse("train", ["--config", str(tmp_path / "saved.yaml")]) == settings
+
+
+def test_overview_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+def test_an_unknown_command_is_told_with_code_2(capsys):
+    assert main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().out

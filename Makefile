@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/vflora demo --output $(DEMO)
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: install
 	$(BIN)/ruff check src tests *.py

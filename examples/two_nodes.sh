@@ -9,6 +9,9 @@
 # three times. Ctrl-C or SIGTERM saves once and ends; ten minutes are given for that.
 set -euo pipefail
 
+# Every restart gets a store of its own; a store that outlives one still holds the addresses of the dead.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun \
   --nnodes 2 --node_rank "${NODE_RANK:?0 on the first machine, 1 on the second}" \
   --nproc_per_node "${GPUS_PER_NODE:-8}" \

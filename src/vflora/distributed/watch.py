@@ -26,6 +26,16 @@ _PATIENCE_SECONDS = 30.0
 _SUSPICION_SECONDS = 7.0
 
 
+def attempt() -> str:
+    """Returns what tells this start of the processes from the one before a restart.
+
+    On one machine torchrun's store outlives a restart, and with it the addresses of the dead. On several, the agents
+    count restarts differently, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every start a store of its own.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "several machines"
+
+
 class LostProcessError(UserError):
     """Another process is gone, and this one cannot go on without it."""
 
@@ -58,9 +68,7 @@ class Watch:
         """
         self._rank, self._size = rank, size
         self._beat_seconds, self._patience_seconds = beat_seconds, patience_seconds
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        self._prefix = f"vflora/{run_id}/{attempt}"
+        self._prefix = f"vflora/{attempt()}/watch"
         # A connection of its own: the thread must not wait behind the collectives of the main one.
         self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from vflora.distributed.watch import LostProcessError, Watch
+from vflora.distributed.watch import LostProcessError, Watch, attempt
 from vflora.errors import UserError
 
 T = TypeVar("T")
@@ -198,7 +198,14 @@ def start(sp_size: int, device: torch.device) -> World:
                 f"use --nproc_per_node {devices}."
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"vflora/{attempt()}", store),  # pyright: ignore[reportPrivateImportUsage]
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
     mesh = init_device_mesh(device.type, (size // sp_size, 1, sp_size), mesh_dim_names=("dp", "ring", "ulysses"))
     watch = Watch(dist.get_rank(), size)
     watch.start()

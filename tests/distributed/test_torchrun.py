@@ -1,0 +1,91 @@
+"""Real launches with torchrun: restart after a death, and two agents that meet as two machines would."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+KILLED_ONCE = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from vflora import train
+from vflora.cli import main
+learn = train.learn
+def deadly(training, lesson, step, *rest):
+    if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return learn(training, lesson, step, *rest)
+train.learn = deadly
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture
+def flags(train_flags):
+    return [
+        *train_flags,
+        *("--train_video_length", "5", "--condition_lookahead", "1", "--batch_size", "2", "--save_every_steps", "2"),
+    ]
+
+
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: [float(r[k]).hex() for k in ("loss/distill", "loss/identity", "gradient_norm")] for r in rows}
+
+
+def environment(**more):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def start(command, **more):
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_after_a_death_torchrun_starts_again_and_the_run_goes_on_to_the_same_end(flags, tmp_path):
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE)
+    restarting = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=1", str(script), *flags]
+    cut = start([*restarting, "--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "auto"])
+    output, _ = cut.communicate(timeout=200)
+    assert cut.returncode == 0, output[-9000:]
+    assert "exitcode: -9" in output
+    assert "local_rank: 1" in output, "who died is named"
+    whole = start(["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *flags])
+    output, _ = whole.communicate(timeout=200)
+    assert whole.returncode == 0, output[-9000:]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "run"), "to the last bit"
+
+
+def test_two_agents_on_one_machine_meet_as_two_machines_would(flags, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = ["bash", "examples/two_nodes.sh", *flags, "--max_train_steps", "2"]
+    agents = [
+        start(command, HEAD="127.0.0.1", PORT=port, NODE_RANK=str(number), GPUS_PER_NODE="1") for number in (0, 1)
+    ]
+    try:
+        for agent in agents:
+            output, _ = agent.communicate(timeout=200)
+            assert agent.returncode == 0, output[-9000:]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert list(losses(tmp_path / "run")) == [1, 2]
+    assert (tmp_path / "run" / "checkpoint-2" / "manifest.json").is_file()

@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/vflora demo --output $(DEMO)
+	OMP_WAIT_POLICY=passive $(BIN)/vflora demo --output $(DEMO)
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -61,7 +61,9 @@ def test_the_same_step_can_be_saved_again(tmp_path):
 @pytest.mark.parametrize("part", ["dcp", "lora", "config.yaml", "state.json"])
 def test_a_flipped_bit_is_found_and_the_file_named(tmp_path, part):
     folder = save(tmp_path, 1)
-    path = folder / part if (folder / part).is_file() else max((folder / part).iterdir(), key=lambda p: p.stat().st_size)
+    path = (
+        folder / part if (folder / part).is_file() else max((folder / part).iterdir(), key=lambda p: p.stat().st_size)
+    )
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -10,8 +10,8 @@ from vflora.cli import COMMANDS, build_parser, config_groups, main, parse
 FROZEN = Path(__file__).parent / "flags.json"
 REFERENCE = {
     "train": {
-        "transformer_version": "480p_i2v", "wds_shuffle_buf": 128, "batch_size": 1, "num_workers": 4, "p_secondary": 0.1,
-        "secondary_cache_max_size": 128, "enable_augmentation": False, "augment_r": 0.92, "augment_j": 0.04,
+        "transformer_version": "480p_i2v", "wds_shuffle_buf": 128, "batch_size": 1, "num_workers": 4,
+        "p_secondary": 0.1, "secondary_cache_max_size": 128, "enable_augmentation": False, "augment_r": 0.92, "augment_j": 0.04,
         "train_target_resolution": "480p", "train_video_length": 17, "num_inference_steps": 25, "harvest_count": 2,
         "harvest_scheme": "bracket", "harvest_jitter_frac": 0.05, "id_timestep_frac_low": 0.6,
         "id_timestep_frac_high": 0.85, "id_num_frames": 5, "lambda_id": 0.6, "lambda_id_schedule": "constant",
@@ -61,9 +61,7 @@ def test_flags_of_the_reference_exist_with_their_defaults(command):
 
 def test_no_flag_appears_disappears_or_changes_its_default_unnoticed():
     # After a change on purpose: write `found` to flags.json, and say so in the changelog.
-    found = {
-        command: {name: str(value) for name, value in defaults(command).items()} for command in sorted(COMMANDS)
-    }
+    found = {command: {name: str(value) for name, value in defaults(command).items()} for command in sorted(COMMANDS)}
     assert found == json.loads(FROZEN.read_text())
 
 

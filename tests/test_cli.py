@@ -11,7 +11,8 @@ FROZEN = Path(__file__).parent / "flags.json"
 REFERENCE = {
     "train": {
         "transformer_version": "480p_i2v", "wds_shuffle_buf": 128, "batch_size": 1, "num_workers": 4,
-        "p_secondary": 0.1, "secondary_cache_max_size": 128, "enable_augmentation": False, "augment_r": 0.92, "augment_j": 0.04,
+        "p_secondary": 0.1, "secondary_cache_max_size": 128, "enable_augmentation": False,
+        "augment_r": 0.92, "augment_j": 0.04,
         "train_target_resolution": "480p", "train_video_length": 17, "num_inference_steps": 25, "harvest_count": 2,
         "harvest_scheme": "bracket", "harvest_jitter_frac": 0.05, "id_timestep_frac_low": 0.6,
         "id_timestep_frac_high": 0.85, "id_num_frames": 5, "lambda_id": 0.6, "lambda_id_schedule": "constant",

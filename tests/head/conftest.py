@@ -30,7 +30,8 @@ def _write_split(root: Path, split: str, counts: list[int], first: int = 0) -> N
     """Writes counts[i] pictures of identity i, pictures `first` and up, in one shard, with the manifest."""
     folder = root / "data" / split
     folder.mkdir(parents=True)
-    with wds.ShardWriter(f"{folder}/{split}-%06d.tar", verbose=0) as writer:
+    # Through an open file: the package switches webdataset's own opening of paths off for the whole process.
+    with open(folder / f"{split}-000000.tar", "wb") as shard, wds.TarWriter(shard) as writer:
         for identity, count in enumerate(counts):
             for number in range(first, first + count):
                 key = f"{identity:03d}_{number:03d}"

@@ -20,8 +20,9 @@ from vflora.adapters import AdapterInfo, add_adapters, find_adapter, read_adapte
 from vflora.config import Precision, require, require_frames
 from vflora.data.images import to_signed, to_tensor
 from vflora.deviation import deviations_on, record_path
+from vflora.devices import torch_device
 from vflora.evaluate import Embedder, IdentityScores, deviation_by_sigma, embed_frames, identity_scores, score_video
-from vflora.inference import load_for_sampling, torch_device
+from vflora.inference import load_for_sampling
 from vflora.judge import Judge
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.lora_formats import write_lora

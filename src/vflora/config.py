@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from vflora.devices import torch_device
 from vflora.errors import UserError
 
 Precision = Literal["bf16", "fp32"]
@@ -44,9 +45,7 @@ class ModelConfig:
 
     def torch_device(self) -> torch.device:
         """Returns the device that `device` stands for."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch_device(self.device)
 
     def torch_dtype(self) -> torch.dtype:
         """Returns the precision of the frozen weights."""

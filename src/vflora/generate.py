@@ -13,8 +13,9 @@ from typing import Literal
 from vflora import acceleration
 from vflora.adapters import add_adapters, find_adapter
 from vflora.config import Precision, require, require_frames
+from vflora.devices import torch_device
 from vflora.errors import UserError
-from vflora.inference import load_for_sampling, open_image, torch_device, write_settings
+from vflora.inference import load_for_sampling, open_image, write_settings
 from vflora.sampling import Pipeline, default_steps, generate_video
 from vflora.video_io import write_mp4
 

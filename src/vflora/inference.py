@@ -33,13 +33,6 @@ def open_image(path: Path, flag: str = "--image_path") -> Image.Image:
         raise UserError(f"{path} cannot be used ({error}): give another JPEG, PNG or WebP picture.") from error
 
 
-def torch_device(name: str) -> torch.device:
-    """Returns the device that a `--device` flag means; auto is the accelerator if there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def load_for_sampling(model_path: str, transformer_version: str, dtype: str, device: torch.device | str) -> Pipeline:
     """Loads an image-to-video pipeline, or a text-to-video one where the folder says that it holds one.
 

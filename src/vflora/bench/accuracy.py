@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.devices import torch_device
 from vflora.learning import learn
 from vflora.models.speed import SpeedConfig
 from vflora.random_streams import keyed_generator, keyed_noise
@@ -86,7 +87,7 @@ def run(settings: BenchAccuracySettings) -> None:
     """
     config = settings.bench
     exact = _outcome(config, SpeedConfig())
-    on_cuda = config_device(config).type == "cuda"
+    on_cuda = torch_device(config.device).type == "cuda"
     rows = []
     for variant in tqdm([v for v in VARIANTS if on_cuda or not v.needs_cuda], desc="variants"):
         outcome = _outcome(replace(config, **variant.bench), variant.speed)
@@ -97,12 +98,6 @@ def run(settings: BenchAccuracySettings) -> None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         bench = {k: str(v) if k == "output" else v for k, v in asdict(config).items()}
         config.output.write_text(json.dumps({"torch": torch.__version__, "bench": bench, "rows": rows}, indent=1))
-
-
-def config_device(config: BenchConfig) -> torch.device:
-    """Returns the device that the measurement runs on."""
-    chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(chosen if config.device == "auto" else config.device)
 
 
 def compare(outcome: Outcome, exact: Outcome) -> dict[str, float]:

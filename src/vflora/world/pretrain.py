@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPipeline
 
+from vflora.devices import torch_device
 from vflora.errors import UserError
 from vflora.world.base_training import BaseTraining, train_base
 from vflora.world.characters import Domain, Split
@@ -69,9 +70,7 @@ class PretrainConfig:
 
     def torch_device(self) -> torch.device:
         """Returns the device that `device` stands for."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch_device(self.device)
 
 
 def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:

@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from vflora.config import ModelConfig
+from vflora.devices import torch_device
+from vflora.errors import UserError
+from vflora.world.pretrain import PretrainConfig
+
+
+def test_auto_takes_the_accelerator_of_the_machine_or_else_the_cpu():
+    found = torch_device("auto")
+    assert found.type == (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
+    assert torch.ones(1, device=found).device.type == found.type
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda:1", "meta"])
+def test_a_named_device_is_taken_as_it_is(name):
+    assert torch_device(name) == torch.device(name)
+
+
+def test_a_device_that_pytorch_does_not_know_is_refused_with_the_way_to_write_it():
+    with pytest.raises(UserError, match="--device gpu .* write auto, cpu, cuda or cuda:1"):
+        torch_device("gpu")
+
+
+def test_every_command_reads_the_flag_with_the_same_function():
+    assert ModelConfig("x", device="auto").torch_device() == PretrainConfig().torch_device() == torch_device("auto")
+    source = Path(__file__).parents[1] / "src"
+    others = [p.name for p in source.rglob("*.py") if '"cuda" if torch.cuda.is_available()' in p.read_text()]
+    assert others == []

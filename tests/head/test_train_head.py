@@ -1,22 +1,25 @@
 import json
-import multiprocessing
 import os
 import signal
-import socket
+import subprocess
+import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+import yaml
 
 from vflora.cli import parse
 from vflora.errors import NonFiniteError, UserError
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.projection_head import load_head
 from vflora.models.random_weights import small_dinov3_convnext, small_vae
+from vflora.settings import flat_settings
 from vflora.train_head import HeadConfig, run
+
+ROOT = Path(__file__).parents[2]
 
 
 def _rows(folder, part=""):
@@ -32,17 +35,18 @@ def _weights(path):
     return torch.cat([p.flatten() for p in load_head(path).parameters()])
 
 
-def _in_a_process(config):
-    # A forked child has everything imported already, and dying is its own business.
-    process = multiprocessing.get_context("fork").Process(target=run, args=(config,))
-    process.start()
-    return process
+def _in_a_process(config, *launcher):
+    """Starts a process of its own, not a fork: a fork of a process in which torch has run may never end."""
+    settings = config.output_dir.with_suffix(".yaml")
+    settings.write_text(yaml.safe_dump(flat_settings(config)))
+    command = [sys.executable, *launcher, "identity_loss/train_projection_head.py", "--config", str(settings)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
 
 
 def _wait_for_step(process, folder, step):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (folder / "metrics.jsonl").is_file() or not any(r["step"] >= step for r in _rows(folder)):
-        assert process.is_alive()
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -83,9 +87,8 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, cut, accum
     whole = run(replace(config, output_dir=tmp_path / "whole"))
     process = _in_a_process(replace(config, num_workers=2))
     _wait_for_step(process, config.output_dir, 9)
-    os.kill(process.pid, cut)
-    process.join(60)
-    assert process.exitcode == (-signal.SIGKILL if cut == signal.SIGKILL else 0)
+    process.send_signal(cut)
+    assert process.wait(200) == (-signal.SIGKILL if cut == signal.SIGKILL else 0)
     reached = max(int(p.name.rsplit("-")[1]) for p in config.output_dir.glob("checkpoint-*"))
     assert 8 <= reached < 18
     resumed = run(replace(config, resume_from_checkpoint="latest"))
@@ -97,27 +100,11 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, cut, accum
     assert without_time == [{k: v for k, v in row.items() if "seconds" not in k} for row in _rows(whole)]
 
 
-def _one_of_two(rank, port, config):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    run(config)
-
-
 def test_two_processes_learn_what_one_learns_on_both_their_batches(config, tmp_path):
     one = run(replace(config, output_dir=tmp_path / "one", pk_identities=4))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     halves = replace(config, output_dir=tmp_path / "two", pk_identities=2)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_one_of_two, args=(rank, port, halves)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    assert [process.exitcode for process in processes] == [0, 0]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    assert _in_a_process(halves, *torchrun).wait(200) == 0
     alone, together = ([row["loss"] for row in _rows(folder, "loss")] for folder in (one, tmp_path / "two"))
     assert together == pytest.approx(alone, rel=1e-4)
     head = "identity_head_last.safetensors"

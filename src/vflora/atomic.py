@@ -58,10 +58,18 @@ def _unfinished(target: Path) -> Path:
     return target.with_name(f".{target.name}.tmp")
 
 
-def replace_file(target: Path, write: Callable[[Path], None]) -> None:
-    """Makes a new version of a file appear in one instant; `write` writes it to the path it is given."""
-    unfinished = target.with_name(f".{target.name}.tmp")
+def replace_file(target: Path, write: Callable[[Path], None], *, writer: str = "") -> None:
+    """Makes a new version of a file appear in one instant; `write` writes it to the path it is given.
+
+    Several processes may write the same content at a time if each gives a name of its own as `writer`.
+    """
+    unfinished = target.with_name(f".{target.name}{writer}.tmp")
     write(unfinished)
+    publish(unfinished, target)
+
+
+def publish(unfinished: Path, target: Path) -> None:
+    """Waits for the disk, and makes a finished file of the same folder appear under its name."""
     _sync(unfinished)
     unfinished.replace(target)
     _sync(target.parent)

@@ -143,6 +143,34 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class HarvestedTrajectory:
+    """What a teacher rollout leaves on disk: the points that training steps look at.
+
+    Attributes:
+        sigmas: the whole schedule [S + 1], from 1 to 0, fp32.
+        indices: step of the schedule of each of P points, rising.
+        latents: noisy latents there [P, B, C, T, H, W], fp32.
+        velocities: the teacher's predictions there, same shape, fp32.
+    """
+
+    sigmas: Tensor
+    indices: tuple[int, ...]
+    latents: Tensor
+    velocities: Tensor
+
+    def point(self, index: int) -> Point:
+        """Returns the state before step `index`.
+
+        Raises:
+            IndexError: if that point was not kept.
+        """
+        if index not in self.indices:
+            raise IndexError(f"the points {self.indices} were kept, not {index}")
+        place = self.indices.index(index)
+        return Point(index, float(self.sigmas[index]), self.latents[place], self.velocities[place])
+
+
+@dataclass(frozen=True)
 class Point:
     """One point of a trajectory.
 

@@ -14,7 +14,9 @@ and batch number, and so needs no walk.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,41 +78,73 @@ def slot_stream(dataset: DataSet, config: DataConfig, *key: int | str) -> Iterat
     return iter(stages)
 
 
+Place = tuple[int, int]
+"""Which batch: its number, and the data-parallel process that sees it."""
+
+
+@dataclass(frozen=True)
+class Onward:
+    """All batches of one process from a number on.
+
+    Attributes:
+        rank: the process.
+        start: number of the first batch.
+    """
+
+    rank: int
+    start: int
+
+    def __iter__(self) -> Iterator[Place]:
+        return ((number, self.rank) for number in itertools.count(self.start))
+
+
 class TrainBatches(IterableDataset[Delivery]):
-    """What runs in a DataLoader worker: the streams of one process, decoded for every W-th batch.
+    """What runs in a DataLoader worker: the streams that the wanted batches need, decoded for every W-th batch.
 
     Args:
         dataset: the training split.
         config: how it is drawn.
         seed: decides everything together with slot and batch number.
-        rank: this process; it serves slots rank * batch_size and up.
-        start_batch: batches that earlier runs have used.
+        places: the wanted batches; the numbers of a process rise. Process r serves slots r * batch_size and up.
     """
 
-    def __init__(self, dataset: DataSet, config: DataConfig, *, seed: int, rank: int, start_batch: int) -> None:
+    def __init__(self, dataset: DataSet, config: DataConfig, *, seed: int, places: Iterable[Place]) -> None:
         self._dataset = dataset
         self._config = config
         self._seed = seed
-        self._slots = range(rank * config.batch_size, (rank + 1) * config.batch_size)
-        self._start_batch = start_batch
+        self._places = places
 
     def __iter__(self) -> Iterator[Delivery]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         faults: Faults = {}
         try:
-            for number, draws in self._draws(quiet=worker > 0 or self._slots.start > 0):
-                if (number - self._start_batch) % workers == worker:
-                    yield self._decode(number, draws, faults), faults, None
+            for turn, (number, slots, draws) in enumerate(self._draws(quiet=worker > 0)):
+                if turn % workers == worker:
+                    yield self._decode(number, slots, draws, faults), faults, None
                     faults = {}
         except UserError as error:
             # Passed on as a value: DataLoader would bury the sentence in a traceback.
             yield None, faults, str(error)
 
-    def _draws(self, *, quiet: bool) -> Iterator[tuple[int, list[Draw]]]:
-        streams = [slot_stream(self._dataset, self._config, self._seed, "slot", slot) for slot in self._slots]
+    def _draws(self, *, quiet: bool) -> Iterator[tuple[int, range, list[Draw]]]:
+        size = self._config.batch_size
+        streams: dict[int, list[Iterator[Draw]]] = {}
+        walked: dict[int, int] = defaultdict(int)
+        for number, rank in self._places:
+            slots = range(rank * size, (rank + 1) * size)
+            if rank not in streams:
+                streams[rank] = [slot_stream(self._dataset, self._config, self._seed, "slot", slot) for slot in slots]
+            self._walk(streams[rank], number - walked[rank], quiet=quiet or rank > 0)
+            walked[rank] = number + 1
+            yield number, slots, [next(stream) for stream in streams[rank]]
+
+    def _walk(self, streams: list[Iterator[Draw]], batches: int, *, quiet: bool) -> None:
+        """Passes by batches that nobody wants decoded."""
+        if batches == 0:
+            return
         passed = tqdm(
-            range(self._start_batch),
+            range(batches),
             desc="finding the place in the data",
             unit="batch",
             delay=_QUIET_SECONDS,
@@ -120,12 +154,10 @@ class TrainBatches(IterableDataset[Delivery]):
         for _ in passed:
             for stream in streams:
                 next(stream)
-        for number in itertools.count(self._start_batch):
-            yield number, [next(stream) for stream in streams]
 
-    def _decode(self, number: int, draws: list[Draw], faults: Faults) -> Batch:
+    def _decode(self, number: int, slots: range, draws: list[Draw], faults: Faults) -> Batch:
         images, anchors, has_secondary, samples = [], [], [], []
-        for slot, draw in zip(self._slots, draws, strict=True):
+        for slot, draw in zip(slots, draws, strict=True):
             sample, image = self._reference(number, slot, draw.sample, faults)
             # A stand-in may show someone else, whom the secondary would then contradict.
             secondary = draw.secondary if sample is draw.sample else None
@@ -142,7 +174,7 @@ class TrainBatches(IterableDataset[Delivery]):
             has_secondary=torch.tensor(has_secondary),
             characters=tuple(sample.label for sample in samples),
             keys=tuple(sample.key for sample in samples),
-            slots=tuple(self._slots),
+            slots=tuple(slots),
         )
 
     def _reference(self, number: int, slot: int, sample: Sample, faults: Faults) -> tuple[Sample, Image.Image]:
@@ -167,7 +199,7 @@ class TrainBatches(IterableDataset[Delivery]):
 
 
 class TrainLoader:
-    """Endless training batches of one process.
+    """Training batches of one process, endless unless `places` names them.
 
     Equal seeds give equal batches for any number of workers; processes x batch_size may be split differently as
     long as their product stays the same.
@@ -178,13 +210,24 @@ class TrainLoader:
         seed: of the run.
         rank: this data-parallel process.
         start_batch: batches already used by the run that is resumed, counted in micro-batches of one process.
+        places: these batches, instead of all of `rank` from `start_batch` on; the loader ends behind them.
 
     Attributes:
         position: batches handed out, `start_batch` included; what a checkpoint must keep.
     """
 
-    def __init__(self, dataset: DataSet, config: DataConfig, *, seed: int, rank: int = 0, start_batch: int = 0) -> None:
-        self._batches = TrainBatches(dataset, config, seed=seed, rank=rank, start_batch=start_batch)
+    def __init__(
+        self,
+        dataset: DataSet,
+        config: DataConfig,
+        *,
+        seed: int,
+        rank: int = 0,
+        start_batch: int = 0,
+        places: Sequence[Place] | None = None,
+    ) -> None:
+        wanted = Onward(rank, start_batch) if places is None else places
+        self._batches = TrainBatches(dataset, config, seed=seed, places=wanted)
         self._num_workers = config.num_workers
         self._seed = seed
         self._faults = FaultCounter(config.max_bad_samples)

@@ -160,11 +160,16 @@ def check_ending(path: Path) -> None:
     Raises:
         UserError: the file does not end like a tar archive.
     """
+    if not ends_whole(path):
+        raise UserError(f"The shard {path} is cut off: copy it again, or pack the data set again.")
+
+
+def ends_whole(path: Path) -> bool:
+    """Returns whether a file ends like a tar archive, at the price of one small read."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - len(_END_OF_ARCHIVE)))
-        if size % tarfile.BLOCKSIZE or file.read() != _END_OF_ARCHIVE:
-            raise UserError(f"The shard {path} is cut off: copy it again, or pack the data set again.")
+        return size % tarfile.BLOCKSIZE == 0 and file.read() == _END_OF_ARCHIVE
 
 
 LabelOf = Callable[[Mapping[str, Any]], Any]

@@ -129,6 +129,10 @@ class ConditionEncoder:
             )
         return Conditions.stack(rows).to(self._device)
 
+    def keys(self, prompt: str, image: Tensor) -> tuple[str, str]:
+        """Returns under which names the cache keeps a prompt and a picture: what they are, as digests."""
+        return self._text_key(prompt), self._image_key(image)
+
     def _cached(self, key: str) -> dict[str, Tensor]:
         entry = self._cache.get(key)
         if entry is None:
@@ -217,12 +221,18 @@ def pipeline_fingerprint(pipeline_dir: str, dtype: torch.dtype) -> bytes:
 
     A hub name stands for itself.
     """
-    digest = hashlib.blake2b(str(dtype).encode(), digest_size=16)
+    parts = ("text_encoder", "text_encoder_2", "image_encoder", "tokenizer", "vae")
+    return weights_fingerprint(pipeline_dir, parts, str(dtype).encode())
+
+
+def weights_fingerprint(pipeline_dir: str, parts: Sequence[str], start: bytes = b"") -> bytes:
+    """As `pipeline_fingerprint`, of any folders of the pipeline; `start` joins the digest."""
+    digest = hashlib.blake2b(start, digest_size=16)
     folder = Path(pipeline_dir)
     if not folder.is_dir():
         digest.update(pipeline_dir.encode())
         return digest.digest()
-    for part in ("text_encoder", "text_encoder_2", "image_encoder", "tokenizer", "vae"):
+    for part in parts:
         for path in sorted((folder / part).rglob("*")):
             if path.suffix == ".safetensors":
                 digest.update(_sampled(path))

@@ -1,20 +1,52 @@
+"""Real processes for the tests of several, quickly: a forkserver imports everything once and forks from there.
+
+The process of the tests itself must not fork: torch has computed in it, and a child could wait for ever for a thread
+that it did not inherit. The server only imports. What it forks runs functions of the tests, closures too, which
+travel by value; a test that replaces a part of the program does so inside the function it sends.
+"""
+
 import io
+import multiprocessing
 import os
 import socket
+import sys
 import traceback
+import warnings
 from functools import partial
+from pathlib import Path
 
+import cloudpickle
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from vflora.distributed.world import joined
+
+TESTS = f"{Path(__file__).parents[1]}{os.sep}"
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["cloudpickle", "vflora.train", "vflora.generate", "vflora.compare", "vflora.cli"])
 
 
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+class ByValue:
+    """A function that reaches a process which cannot import the module it is from."""
+
+    def __init__(self, function):
+        self._content = cloudpickle.dumps(function)
+
+    def __reduce__(self):
+        return cloudpickle.loads, (self._content,)
+
+
+def _send_test_modules():
+    """What test modules define is sent along: in the other process there are no such modules."""
+    for module in list(sys.modules.values()):
+        if (getattr(module, "__file__", None) or "").startswith(TESTS):
+            cloudpickle.register_pickle_by_value(module)
 
 
 def _child(rank, port, count, work, answers):
@@ -25,7 +57,10 @@ def _child(rank, port, count, work, answers):
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "HF_HUB_OFFLINE": "1",
     }
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")  # as in the process of the tests
     answer, error = None, None
     try:
         answer = work()
@@ -41,17 +76,18 @@ def _child(rank, port, count, work, answers):
 
 
 class Processes:
-    """Forked processes, which need not import everything again, each with the environment that torchrun gives."""
+    """Processes that know nothing of each other, each with the environment that torchrun gives."""
 
     def __init__(self, count, work):
-        context = mp.get_context("fork")
-        self._answers = context.Queue()
-        port = free_port()
+        _send_test_modules()
+        child, port = ByValue(_child), free_port()
+        self._answers = PROCESSES.Queue()
         self.children = [
-            context.Process(target=_child, args=(rank, port, count, work, self._answers)) for rank in range(count)
+            PROCESSES.Process(target=child, args=(rank, port, count, ByValue(work), self._answers))
+            for rank in range(count)
         ]
-        for child in self.children:
-            child.start()
+        for process in self.children:
+            process.start()
 
     def outcomes(self, expected, timeout):
         """What `expected` of them returned or raised, by rank: (answer, error)."""

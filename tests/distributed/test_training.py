@@ -1,6 +1,7 @@
 """Whole training runs as several processes: same losses, shared validation."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -40,7 +41,7 @@ def train(launch, flags):
     def start(output_dir, processes, *extra, sp_size=1):
         batch = 4 * sp_size // processes
         mine = [*flags, "--batch_size", str(batch), "--sp_size", str(sp_size), "--output_dir", str(output_dir), *extra]
-        return launch(processes, lambda: run(parse("train", mine)))
+        return launch(processes, partial(run, parse("train", mine)))
 
     return start
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -91,6 +93,21 @@ def test_without_identity_the_step_is_distillation_alone(student, make_identity,
     assert report.identity is None
     assert report.cosines is None
     assert report.total == report.distill == pytest.approx(sum(report.distill_by_point) / 3)
+
+
+def test_without_distillation_the_gradient_is_the_identitys_alone(student, make_identity, make_conditions):
+    identity, inputs = make_identity(), make_inputs(make_conditions())
+    report = training_step(student, identity, replace(inputs, distill_weight=0.0), scale=1.0, clock=StepClock(CPU))
+    alone = gradients(student)
+    assert report.total == pytest.approx(0.6 * report.identity)
+    assert report.distill > 0
+    student.transformer.zero_grad()
+    training_step(student, identity, replace(inputs, identity_weight=0.0), scale=1.0, clock=StepClock(CPU))
+    distilled = gradients(student)
+    student.transformer.zero_grad()
+    training_step(student, identity, inputs, scale=1.0, clock=StepClock(CPU))
+    for name, together in gradients(student).items():
+        torch.testing.assert_close(together, alone[name] + distilled[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_a_batch_gives_the_mean_of_its_samples_gradients(student, make_identity, make_conditions):

@@ -3,9 +3,20 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from vflora.config import RolloutConfig
+from vflora.errors import UserError
 from vflora.flow import clean_estimate, euler_step, sampling_sigmas
 from vflora.models.denoiser import Denoiser
-from vflora.rollout import deep_index, harvest_indices, points_for_block, rollout
+from vflora.models.lora import add_lora
+from vflora.rollout import (
+    deep_index,
+    harvest_indices,
+    is_on_policy,
+    on_policy_point,
+    points_for_block,
+    rollout,
+)
+
+SIGMAS = sampling_sigmas(25, 5.0)
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(25, 5.0), (50, 7.0), (6, 1.0)])
@@ -59,8 +70,61 @@ def test_a_point_beyond_the_rollout_is_refused(transformer, make_conditions):
 
 def test_deepest_point_stays_in_its_band_and_reaches_both_ends():
     config = RolloutConfig()
-    drawn = {deep_index(config, 42, step) for step in range(300)}
+    drawn = {deep_index(config, SIGMAS, 42, step) for step in range(300)}
     assert drawn == set(range(15, 22))
+
+
+def test_the_deepest_point_can_be_chosen_by_its_noise_level():
+    config = RolloutConfig(id_sigma_low=0.3, id_sigma_high=0.6)
+    drawn = {deep_index(config, SIGMAS, 42, step) for step in range(300)}
+    assert drawn == {i for i, sigma in enumerate(SIGMAS[:-1].tolist()) if 0.3 <= sigma <= 0.6}
+    with pytest.raises(UserError, match=r"no point of the schedule.*its noise levels are 1\.00 0\.99"):
+        deep_index(RolloutConfig(id_sigma_low=0.01, id_sigma_high=0.02), SIGMAS, 42, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"id_sigma_low": 0.3}, "give both or neither"),
+        ({"id_sigma_low": 0.6, "id_sigma_high": 0.3}, "must not exceed"),
+        ({"id_on_policy": 1.5}, "is a share"),
+        ({"id_on_policy": 0.5, "harvest_count": 0}, "--harvest_count 1 or more"),
+    ],
+)
+def test_settings_of_the_deepest_point_that_make_no_sense_are_refused(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        RolloutConfig(**flags)
+
+
+def test_the_share_of_on_policy_steps_is_as_asked():
+    drawn = [is_on_policy(RolloutConfig(id_on_policy=0.25), 42, step) for step in range(1000)]
+    assert 200 < sum(drawn) < 300
+    assert not any(is_on_policy(RolloutConfig(), 42, step) for step in range(100))
+
+
+def test_on_policy_the_student_walks_and_the_teacher_answers_where_it_arrives(transformer, make_conditions):
+    sigmas, conditions = sampling_sigmas(6, 5.0), make_conditions()
+    add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
+    denoiser = Denoiser(transformer)
+    noise = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    with denoiser.teacher():
+        trajectory = rollout(denoiser, conditions, noise, sigmas, 5)
+    start, there = trajectory.point(2), trajectory.point(4)
+    fresh = on_policy_point(denoiser, conditions, sigmas, start, 4)
+    assert (fresh.index, fresh.sigma) == (4, there.sigma)
+    # A student that has learned nothing walks where the teacher walked, bit for bit.
+    assert torch.equal(fresh.latents, there.latents)
+    assert torch.equal(fresh.teacher_velocity, there.teacher_velocity)
+    with torch.no_grad():
+        for name, parameter in denoiser.lora_parameters().items():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    learned = on_policy_point(denoiser, conditions, sigmas, start, 4)
+    assert not torch.equal(learned.latents, there.latents)
+    with denoiser.teacher():
+        answer = denoiser.velocity(learned.latents, learned.sigma, conditions)
+    assert torch.equal(learned.teacher_velocity, answer)
+    assert not learned.latents.requires_grad
 
 
 @pytest.mark.parametrize("scheme", ["bracket", "random"])
@@ -68,7 +132,7 @@ def test_harvested_points_are_distinct_and_noisier_than_the_deepest(scheme):
     # Defect 6 of the reference: the deepest point was harvested too, and the student ran twice on it.
     config = RolloutConfig(harvest_scheme=scheme, harvest_count=4)
     for step in range(100):
-        deep = deep_index(config, 42, step)
+        deep = deep_index(config, SIGMAS, 42, step)
         indices = harvest_indices(config, deep, 42, step)
         assert len(set(indices)) == 4
         assert indices == sorted(indices)
@@ -91,5 +155,5 @@ def test_harvests_differ_from_step_to_step():
 def test_one_rollout_reaches_far_enough_for_every_step_it_serves():
     config = RolloutConfig(trajectory_reuse=4)
     for first in range(0, 40, 4):
-        deepest = max(deep_index(config, 1, step) for step in range(first, first + 4))
-        assert {points_for_block(config, 1, step) for step in range(first, first + 4)} == {deepest + 1}
+        deepest = max(deep_index(config, SIGMAS, 1, step) for step in range(first, first + 4))
+        assert {points_for_block(config, SIGMAS, 1, step) for step in range(first, first + 4)} == {deepest + 1}

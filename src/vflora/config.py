@@ -92,6 +92,12 @@ class RolloutConfig:
     """Earliest place of the deepest point, where identity is judged, as a fraction of the schedule."""
     id_timestep_frac_high: float = 0.85
     """Latest place of the deepest point."""
+    id_sigma_low: float | None = None
+    """Choose the deepest point by its noise level instead of its place: the lowest level allowed."""
+    id_sigma_high: float | None = None
+    """The highest noise level of the deepest point."""
+    id_on_policy: float = 0.0
+    """Share of steps whose deepest point the student reaches by itself, from the last harvested point on."""
     rollout_guidance_scale: float = 1.0
     """Classifier-free guidance along the rollout; 1 is none. The target stays the conditional prediction."""
     trajectory_reuse: int = 1
@@ -104,6 +110,19 @@ class RolloutConfig:
         require(
             0 <= self.id_timestep_frac_low <= self.id_timestep_frac_high < 1,
             "--id_timestep_frac_low must not exceed --id_timestep_frac_high, and both lie in [0, 1).",
+        )
+        require(
+            (self.id_sigma_low is None) == (self.id_sigma_high is None),
+            "--id_sigma_low and --id_sigma_high belong together: give both or neither.",
+        )
+        require(
+            self.id_sigma_low is None or 0 < self.id_sigma_low <= (self.id_sigma_high or 0.0) <= 1,
+            "--id_sigma_low must not exceed --id_sigma_high, and both lie in (0, 1].",
+        )
+        require(0 <= self.id_on_policy <= 1, "--id_on_policy is a share: it lies in [0, 1].")
+        require(
+            self.id_on_policy == 0 or self.harvest_count > 0,
+            "--id_on_policy starts from a harvested point: use --harvest_count 1 or more.",
         )
         require(0 <= self.harvest_jitter_frac <= 0.5, "--harvest_jitter_frac must lie in [0, 0.5].")
         require(self.rollout_guidance_scale >= 1, "--rollout_guidance_scale must be at least 1 (1 is no guidance).")
@@ -120,6 +139,8 @@ class IdentityConfig:
     """Projection head for it, as `vflora train-head` writes it (the reference's .pt is read too)."""
     id_num_frames: int = 5
     """Frames of the decoded estimate that are compared with the anchor."""
+    lambda_distill: float = 1.0
+    """Weight of the distillation loss; 0 leaves the identity loss alone, which shows what distillation is for."""
     lambda_id: float = 0.6
     """Weight of the identity loss."""
     lambda_id_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -138,6 +159,8 @@ class IdentityConfig:
     def __post_init__(self) -> None:
         require(self.id_num_frames >= 1, "--id_num_frames must be at least 1.")
         require(self.lambda_id >= 0, "--lambda_id must not be negative.")
+        require(self.lambda_distill >= 0, "--lambda_distill must not be negative.")
+        require(self.lambda_distill + self.lambda_id > 0, "--lambda_distill and --lambda_id must not both be 0.")
         require(self.id_every_steps >= 1, "--id_every_steps must be at least 1.")
         require(0 < self.id_decode_scale <= 1, "--id_decode_scale must lie in (0, 1].")
         require(0 <= self.id_margin < 2, "--id_margin must lie in [0, 2).")
@@ -217,6 +240,8 @@ class RunConfig:
 
     output_dir: Path = Path("./outputs")
     """Folder of checkpoints, metrics, previews and the resolved settings."""
+    trajectory_dir: Path | None = None
+    """Folder of teacher trajectories that `vflora rollouts` writes: train from them instead of asking the teacher."""
     save_every_steps: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int | None = None

@@ -12,11 +12,11 @@ from vflora.identity_term import IdentityTerm
 from vflora.losses import identity_weight
 from vflora.models.denoiser import Denoiser
 from vflora.recipe import StepInputs, training_step
-from vflora.rollout import deep_index, harvest_indices
+from vflora.rollout import deep_index, harvest_indices, is_on_policy, on_policy_point
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock
 from vflora.teacher_source import Lesson
-from vflora.types import LossReport
+from vflora.types import LossReport, Point
 
 
 class Learner(Protocol):
@@ -49,12 +49,11 @@ def learn(
         NonFiniteError: naming the part of the loss that is not finite on some process, and the step.
     """
     settings, config = training.settings, training.settings.identity
-    deep = deep_index(settings.rollout, settings.run.seed, step)
-    harvested = harvest_indices(settings.rollout, deep, settings.run.seed, step)
     inputs = StepInputs(
         conditions=lesson.conditions,
-        points=[lesson.trajectory.point(index) for index in [*harvested, deep]],
+        points=_points(training, lesson, step, clock),
         anchors=lesson.batch.anchors,
+        distill_weight=config.lambda_distill,
         identity_weight=identity_weight(
             step,
             peak=config.lambda_id,
@@ -80,3 +79,14 @@ def learn(
         )
     except NonFiniteError as error:
         raise NonFiniteError(error.part, step + 1) from None
+
+
+def _points(training: Learner, lesson: Lesson, step: int, clock: StepClock) -> list[Point]:
+    config, seed, sigmas = training.settings.rollout, training.settings.run.seed, lesson.trajectory.sigmas
+    deep = deep_index(config, sigmas, seed, step)
+    points = [lesson.trajectory.point(index) for index in harvest_indices(config, deep, seed, step)]
+    if is_on_policy(config, seed, step):
+        with clock.part("on_policy"):
+            reached = on_policy_point(training.denoiser, lesson.conditions, sigmas, points[-1], deep)
+        return [*points, reached]
+    return [*points, lesson.trajectory.point(deep)]

@@ -34,6 +34,7 @@ class StepInputs:
         conditions: of B samples.
         points: harvested points of their teacher trajectory; the last one is the deepest.
         anchors: pictures of the characters, uint8 [B, 3, H, W].
+        distill_weight: of the distillation loss, 1 in the recipe.
         identity_weight: lambda; 0 skips the identity loss.
         key: of the random choice of frames.
     """
@@ -43,6 +44,7 @@ class StepInputs:
     anchors: Tensor
     identity_weight: float
     key: tuple[int | str, ...]
+    distill_weight: float = 1.0
 
 
 def training_step(
@@ -86,7 +88,7 @@ def training_step(
             if velocity is None:
                 velocity = student.velocity(point.latents, point.sigma, inputs.conditions)
             error = distillation_loss(velocity, point.teacher_velocity)
-            loss = error / len(inputs.points)
+            loss = inputs.distill_weight * error / len(inputs.points)
             if judged is not None and point is deepest:
                 estimate = clean_estimate(point.latents, point.sigma, velocity)
                 loss = loss + inputs.identity_weight * (judged.gradient * estimate).sum()
@@ -105,6 +107,7 @@ def _report(inputs: StepInputs, errors: list[float], judged: IdentityGradient | 
     return LossReport(
         distill=sum(errors) / len(errors),
         identity=None if judged is None else judged.loss,
+        distill_weight=inputs.distill_weight,
         weight=inputs.identity_weight,
         sigmas=tuple(point.sigma for point in inputs.points),
         distill_by_point=tuple(errors),

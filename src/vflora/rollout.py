@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vflora.config import RolloutConfig
+from vflora.errors import UserError
 from vflora.flow import euler_step
 from vflora.random_streams import keyed_generator
-from vflora.types import Conditions, Trajectory
+from vflora.types import Conditions, Point, Trajectory
 
 if TYPE_CHECKING:
+    from vflora.models.denoiser import Denoiser
     from vflora.models.fast_teacher import Teacher
 
 
@@ -61,21 +64,69 @@ def rollout(
     return Trajectory(sigmas, torch.stack(kept_latents), torch.stack(kept_velocities))
 
 
-def deep_index(config: RolloutConfig, seed: int, step: int) -> int:
+def deep_index(config: RolloutConfig, sigmas: Tensor, seed: int, step: int) -> int:
     """Draws t_deep of an optimizer step: the point where identity is judged.
 
     One draw for the whole global batch, so that every process rolls out equally far.
+
+    Raises:
+        UserError: if no point of the schedule has a noise level that `--id_sigma_low` and `--id_sigma_high` allow.
     """
+    allowed = _deep_indices(config, sigmas)
+    return allowed[int(torch.randint(len(allowed), (), generator=keyed_generator(seed, "deep", step)))]
+
+
+def _deep_indices(config: RolloutConfig, sigmas: Tensor) -> Sequence[int]:
     steps = config.num_inference_steps
-    low = min(round(config.id_timestep_frac_low * steps), steps - 1)
-    high = min(round(config.id_timestep_frac_high * steps), steps - 1)
-    return int(torch.randint(low, high + 1, (), generator=keyed_generator(seed, "deep", step)))
+    if config.id_sigma_low is None or config.id_sigma_high is None:
+        low = min(round(config.id_timestep_frac_low * steps), steps - 1)
+        high = min(round(config.id_timestep_frac_high * steps), steps - 1)
+        return range(low, high + 1)
+    levels = sigmas[:-1].tolist()
+    allowed = [i for i, sigma in enumerate(levels) if config.id_sigma_low <= sigma <= config.id_sigma_high]
+    if not allowed:
+        raise UserError(
+            f"no point of the schedule lies between --id_sigma_low {config.id_sigma_low} and --id_sigma_high "
+            f"{config.id_sigma_high}: its noise levels are {' '.join(f'{level:.2f}' for level in levels)}."
+        )
+    return allowed
 
 
-def points_for_block(config: RolloutConfig, seed: int, step: int) -> int:
+def points_for_block(config: RolloutConfig, sigmas: Tensor, seed: int, step: int) -> int:
     """Returns how many points the rollout that serves `step` must visit, for all the steps that share it."""
     first = step - step % config.trajectory_reuse
-    return 1 + max(deep_index(config, seed, s) for s in range(first, first + config.trajectory_reuse))
+    return 1 + max(deep_index(config, sigmas, seed, s) for s in range(first, first + config.trajectory_reuse))
+
+
+def is_on_policy(config: RolloutConfig, seed: int, step: int) -> bool:
+    """Draws whether t_deep of an optimizer step is reached by the student itself; one draw for the global batch."""
+    return torch.rand((), generator=keyed_generator(seed, "on policy", step)).item() < config.id_on_policy
+
+
+@torch.no_grad()
+def on_policy_point(student: Denoiser, conditions: Conditions, sigmas: Tensor, start: Point, deep: int) -> Point:
+    """Lets the student walk the last part of the way itself, and asks the teacher about where it arrives.
+
+    A point of the teacher's trajectory is where the teacher would be; when the student samples, it is where its own
+    steps have led it, and that is where its identity counts (on-policy, as in IPRO, arXiv 2510.14255).
+
+    Args:
+        student: with its adapters on.
+        conditions: of B samples.
+        sigmas: the schedule [S + 1].
+        start: point of the teacher's trajectory where the student takes over.
+        deep: index of the point where it arrives.
+
+    Returns:
+        The point at `deep` with the student's latents and the teacher's velocity there.
+    """
+    levels, latents = sigmas.tolist(), start.latents
+    for index in range(start.index, deep):
+        velocity = student.velocity(latents, levels[index], conditions, next_sigma=levels[index + 1])
+        latents = euler_step(latents, velocity, levels[index], levels[index + 1])
+    with student.teacher():
+        velocity = student.velocity(latents, levels[deep], conditions, next_sigma=levels[deep + 1])
+    return Point(deep, levels[deep], latents, velocity)
 
 
 def harvest_indices(config: RolloutConfig, deep: int, seed: int, step: int) -> list[int]:

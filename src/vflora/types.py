@@ -195,6 +195,7 @@ class LossReport:
         distill: mean squared error between student and teacher velocity, averaged over the points.
         identity: mean of 1 - cosine over the sampled frames; None when this step had no identity term.
         weight: lambda of this step.
+        distill_weight: of the distillation loss.
         sigmas: noise level of each distilled point.
         distill_by_point: the error at each of them.
         cosines: cosine of every sampled frame to its anchor [B, K]; None without an identity term.
@@ -210,8 +211,9 @@ class LossReport:
     cosines: Tensor | None
     frames: Tensor | None
     seconds: dict[str, float]
+    distill_weight: float = 1.0
 
     @property
     def total(self) -> float:
         """The objective: L_distill + lambda * L_id."""
-        return self.distill + self.weight * (self.identity or 0.0)
+        return self.distill_weight * self.distill + self.weight * (self.identity or 0.0)

@@ -96,5 +96,5 @@ def test_all_steps_that_share_a_rollout_find_their_points_exact():
     config, sigmas = RolloutConfig(trajectory_reuse=3), sampling_sigmas(25, 5.0)
     exact = harvested_sigmas(config, 7, 2, sigmas)
     for step in (6, 7, 8):
-        deep = deep_index(config, 7, step)
+        deep = deep_index(config, sigmas, 7, step)
         assert {sigmas[i].item() for i in [deep, *harvest_indices(config, deep, 7, step)]} <= exact

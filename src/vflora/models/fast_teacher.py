@@ -27,7 +27,7 @@ def harvested_sigmas(config: RolloutConfig, seed: int, block: int, sigmas: Tenso
     first = block * config.trajectory_reuse
     wanted: set[int] = set()
     for step in range(first, first + config.trajectory_reuse):
-        deep = deep_index(config, seed, step)
+        deep = deep_index(config, sigmas, seed, step)
         wanted |= {deep, *harvest_indices(config, deep, seed, step)}
     return frozenset(sigmas[index].item() for index in wanted)
 

@@ -26,7 +26,11 @@ def test_a_device_that_pytorch_does_not_know_is_refused_with_the_way_to_write_it
 
 
 def test_every_command_reads_the_flag_with_the_same_function():
-    assert ModelConfig("x", device="auto").torch_device() == PretrainConfig().torch_device() == torch_device("auto")
+    assert (
+        ModelConfig("x", device="auto").torch_device()
+        == PretrainConfig(Path("world")).torch_device()
+        == torch_device("auto")
+    )
     source = Path(__file__).parents[1] / "src"
     others = [p.name for p in source.rglob("*.py") if '"cuda" if torch.cuda.is_available()' in p.read_text()]
     assert others == []

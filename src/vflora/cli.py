@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from vflora import __version__
 from vflora.arguments import normalise
 from vflora.errors import UserError
+from vflora.presets import expand_mode
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     groups = config_groups(config_class)
     parser = build_parser(name, groups)
     try:
-        values = parser.parse_args(normalise(arguments, groups, command.positionals))
+        values = parser.parse_args(expand_mode(normalise(arguments, groups, command.positionals), groups))
     except ArgumentError as error:
         raise UserError(f"{error} (`vflora {name} --help` lists the flags)") from error
     built = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups]

@@ -17,8 +17,8 @@ SMALL = {"size": "small", "resolution": "32x32", "frames": 5, "dtype": "fp32", "
 @pytest.mark.parametrize("mode", ["exact", "low_memory"])
 def test_a_step_is_timed_part_by_part(tmp_path, mode):
     output = tmp_path / "step.json"
-    config = BenchConfig(**SMALL, mode=mode, steps=1, output=output)
-    step.run(BenchStepSettings(config, SpeedConfig()))
+    config = BenchConfig(**SMALL, steps=1, output=output)
+    step.run(BenchStepSettings(config, SpeedConfig.preset(mode)))
     result = json.loads(output.read_text())
     assert set(result["parts_s"]) >= {"data", "rollout", "distillation", "identity", "optimizer"}
     assert 0 < sum(v for k, v in result["parts_s"].items() if k != "step") <= result["parts_s"]["step"]

@@ -53,8 +53,6 @@ class BenchConfig:
 
     size: Literal["real", "small"] = "real"
     """real: the true sizes (8.33 B transformer, 1.26 B VAE, DINOv3 ViT-L/16); small: seconds on a CPU."""
-    mode: Literal["exact", "fast", "low_memory"] = "exact"
-    """Preset of the speed flags; flags given besides it win, except where they name their default."""
     resolution: str = "480x848"
     """HEIGHTxWIDTH of the clip, pixels."""
     frames: int = 17

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vflora.bench.setting import BenchConfig, Setting, build_setting
 from vflora.learning import learn
-from vflora.models.speed import SpeedConfig, with_preset
+from vflora.models.speed import SpeedConfig
 from vflora.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
@@ -36,14 +36,13 @@ def run(settings: BenchStepSettings) -> None:
     """
     began = time.perf_counter()
     config = settings.bench
-    speed = with_preset(config.mode, settings.speed)
-    setting = build_setting(config, speed)
+    setting = build_setting(config, settings.speed)
     built_s = time.perf_counter() - began
     result = {
         "device": device_name(setting.device),
         "torch": torch.__version__,
         "bench": {k: str(v) if k == "output" else v for k, v in asdict(config).items()},
-        "speed": asdict(speed),
+        "speed": asdict(settings.speed),
         "build_s": built_s,
         **measure(setting, config),
     }
@@ -113,7 +112,7 @@ def table(results: list[dict[str, Any]]) -> str:
         peak = "-" if result["peak_gib"] is None else f"{result['peak_gib']:.1f}"
         times = "  ".join(f"{result['parts_s'][name]:>{len(name)}.2f}" for name in parts)
         lines.append(
-            f"{result['bench']['mode']:<12}{result['step_s']:>8.2f}{result['first_step_s']:>8.1f}{peak:>10}"
+            f"{result['speed']['mode']:<12}{result['step_s']:>8.2f}{result['first_step_s']:>8.1f}{peak:>10}"
             f"{result['blocks_kept']:>6}  {times}"
         )
     return "\n".join(lines)

@@ -7,7 +7,7 @@ text, and `vflora bench accuracy` prints how far it is from the exact step.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -27,11 +27,15 @@ from vflora.models.offload import BlockOffload
 from vflora.models.precision import Fp8Switch, check_fp8, quantize_blocks
 from vflora.models.recompute import BlockRecompute, Recompute
 
+Mode = Literal["exact", "fast", "low_memory"]
+
 
 @dataclass(frozen=True)
 class SpeedConfig:
     """Time and memory."""
 
+    mode: Mode = "exact"
+    """Preset of the flags below; a flag that is given wins. exact: their defaults; fast: time; low_memory: memory."""
     compile: bool = False
     """Compile the transformer's blocks, one by one: about a minute at the start, then a third less time a step."""
     attention_backend: AttentionKernel = "native"
@@ -55,7 +59,28 @@ class SpeedConfig:
     id_decode_tile: int | None = None
     """Decode in tiles with sides of so many pixels, one at a time: the same result with the least memory."""
 
+    @staticmethod
+    def presets() -> dict[str, SpeedConfig]:
+        """Returns what each mode stands for."""
+        return {mode: SpeedConfig.preset(mode) for mode in _PRESETS}
+
+    @classmethod
+    def preset(cls, mode: str, **flags: Any) -> SpeedConfig:
+        """Returns the settings of a mode, with `flags` on top: what `--mode` and flags are on a command line.
+
+        Raises:
+            UserError: for another mode, or flags that do not go together.
+        """
+        require(mode in _PRESETS, f"There is no mode {mode}: use {', '.join(_PRESETS)}.")
+        return cls(**{"mode": mode, **_PRESETS[mode], **flags})
+
     def __post_init__(self) -> None:
+        plain = all(getattr(self, f.name) == f.default for f in fields(self) if f.name != "mode")
+        require(
+            self.mode == "exact" or not plain,
+            f"--mode {self.mode} with every flag at its plain value is --mode exact: say so (in Python, "
+            f'SpeedConfig.preset("{self.mode}") has what the mode stands for).',
+        )
         require(self.rollout_stride >= 1, "--rollout_stride must be at least 1.")
         require(
             self.id_decode_tile is None or self.id_decode_tile >= 32,
@@ -67,7 +92,7 @@ class SpeedConfig:
         )
         require(
             not (self.block_offload and self.rollout_graphs),
-            "--block_offload moves weights about, which --rollout_graphs cannot replay: drop one of them.",
+            "--block_offload moves weights about, which --rollout_graphs cannot replay: set one of them to false.",
         )
         require(
             not (self.rollout_precision == "fp8" and self.weight_storage == "int8"),
@@ -75,26 +100,19 @@ class SpeedConfig:
         )
 
 
-PRESETS: dict[str, SpeedConfig] = {
-    "exact": SpeedConfig(),
-    "fast": SpeedConfig(
-        compile=True,
-        attention_backend="cudnn",
-        keep_student_graph=True,
-        rollout_graphs=True,
-        rollout_precision="fp8",
-        id_decode_recompute=False,
-    ),
-    "low_memory": SpeedConfig(weight_storage="int8", enable_gradient_checkpointing="true", id_decode_tile=128),
+_PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "fast": {
+        "compile": True,
+        "attention_backend": "cudnn",
+        "keep_student_graph": True,
+        "rollout_graphs": True,
+        "rollout_precision": "fp8",
+        "id_decode_recompute": False,
+    },
+    "low_memory": {"weight_storage": "int8", "enable_gradient_checkpointing": "true", "id_decode_tile": 128},
 }
-"""What a mode stands for."""
-
-
-def with_preset(mode: str, speed: SpeedConfig) -> SpeedConfig:
-    """Returns the settings of a mode, with those of `speed` that are not their default on top."""
-    plain = SpeedConfig()
-    asked = {f.name: getattr(speed, f.name) for f in fields(speed)}
-    return replace(PRESETS[mode], **{name: v for name, v in asked.items() if v != getattr(plain, name)})
+"""Where a mode differs from the plain values."""
 
 
 @dataclass

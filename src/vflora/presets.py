@@ -1,0 +1,64 @@
+"""`--mode NAME` on a command line: many flags at once, any of which may be given besides and then wins. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODE = "mode"
+
+
+def expand_mode(arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
+    """Adds the flags that the chosen mode stands for, but for those that were given.
+
+    A group of flags with modes is a dataclass with a field `mode` and a static method `presets()`, which returns an
+    instance of it for each mode. Where a `--config` file names a mode, as the settings that a run saves do, what the
+    file has from that mode is not taken as given: the saved settings of an exact run go with `--mode fast`.
+
+    Args:
+        arguments: as `vflora.arguments.normalise` returns them.
+        groups: the dataclasses of flags.
+    """
+    flags = list(_flags(arguments))
+    names = {name for name, _ in flags}
+    saved = _saved([value for name, value in flags if name == "config"])
+    added: list[str] = []
+    for group in groups:
+        presets = group.presets() if hasattr(group, "presets") else {}
+        before = saved.get(MODE)
+        chosen = dict(flags).get(MODE, before)
+        if chosen not in presets:  # none, or one that the parser is going to refuse
+            continue
+        old = asdict(presets[before]) if before in presets else {}
+        for name, value in asdict(presets[chosen]).items():
+            given = name in names or (name in saved and not (name in old and saved[name] == old[name]))
+            if name != MODE and not given:
+                added.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return [*arguments, *added]
+
+
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    words = list(arguments)
+    while words:
+        name, joined, value = words.pop(0).partition("=")
+        if name.startswith("--"):
+            yield name[2:], value if joined or not words else words.pop(0)
+
+
+def _saved(configs: Sequence[str]) -> Mapping[str, Any]:
+    """Returns the settings of `--config` files; one that cannot be read is left to the parser's complaint."""
+    values: dict[str, Any] = {}
+    for config in configs:
+        if not Path(config).is_file():
+            continue
+        try:
+            content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue
+        values |= content if isinstance(content, dict) else {}
+    return values

@@ -84,17 +84,23 @@ def small_data(tmp_path_factory):
     return folder / "wds"
 
 
-@pytest.fixture
-def train_flags(small_models, small_data, tmp_path):
-    """The flags of a training run that takes a fraction of a second per step."""
-    return [
+@pytest.fixture(scope="session")
+def make_train_flags(small_models, small_data):
+    """The flags of a training run that takes a fraction of a second per step, by its folder."""
+    return lambda folder: [
         *("--pipeline_dir", str(small_models / "pipeline")),
         *("--dino_model_dir", str(small_models / "dino")),
         *("--dino_head_path", str(small_models / "head.safetensors")),
         *("--wds_root", str(small_data), "--metadata_key", "species"),
-        *("--output_dir", str(tmp_path / "run")),
+        *("--output_dir", str(folder)),
         *("--train_target_resolution", "64x64", "--train_video_length", "9", "--num_inference_steps", "6"),
         *("--lora_r", "4", "--lora_alpha", "4", "--dtype", "fp32", "--num_workers", "0"),
         *("--condition_lookahead", "2", "--max_train_steps", "4", "--warmup_steps", "0", "--learning_rate", "1e-2"),
         *("--log_every_steps", "1", "--logger", "none", "--device", "cpu"),
     ]
+
+
+@pytest.fixture
+def train_flags(make_train_flags, tmp_path):
+    """The same for a run in tmp_path / "run"."""
+    return make_train_flags(tmp_path / "run")

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -58,11 +60,13 @@ class RunLog:
         if self._board:
             self._board.add_histogram(name, values, step)
 
-    def video(self, step: int, name: str, frames: Tensor, fps: int) -> None:
-        """Logs the frames of a video, uint8 [F, 3, H, W], as a strip of pictures, where the logger can."""
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """Logs a picture, where the logger can show one."""
         if self._board:
-            picked = frames[:: max(1, len(frames) // 8)]
-            self._board.add_images(name, picked, step)
+            self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        if self._wandb:
+            wandb = importlib.import_module("wandb")
+            self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         """Flushes and closes."""
@@ -80,6 +84,9 @@ class NoLog:
         """Nothing."""
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Nothing."""
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Nothing."""
 
     def close(self) -> None:

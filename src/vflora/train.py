@@ -15,12 +15,14 @@ from vflora.distributed.world import joined
 from vflora.learning import learn
 from vflora.models.lora import ADAPTER
 from vflora.models.lora_formats import build_header, from_transformer, write_lora
+from vflora.previews import contact_sheet, find_previews, step_folder
 from vflora.run_log import NoLog, RunLog
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock
 from vflora.stopping import stop_requests
 from vflora.training_setup import Training, samples_per_step, set_up
 from vflora.types import LossReport
+from vflora.validation import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +86,7 @@ def _loop(training: Training, log: RunLog | NoLog, writer: CheckpointWriter) -> 
             if settings.run.teacher_check and done % settings.run.teacher_check == 0:
                 training.teacher_probe.check(done)
             if training.validator and (done % settings.validation.val_every_steps == 0 or done == total):
-                preview_dir = settings.run.output_dir / "previews" / f"step-{done:06d}"
-                log.scalars(done, training.validator.run(training.validation_batches, preview_dir, world))
+                _validate(training, training.validator, done, log)
             stopping = world.agree(stop_requested())
             if done % settings.run.save_every_steps == 0 or done == total or stopping:
                 saved = _save(training, done, writer)
@@ -99,6 +100,16 @@ def _loop(training: Training, log: RunLog | NoLog, writer: CheckpointWriter) -> 
     if saved is None:
         raise RuntimeError("the loop ended without a step: the checkpoint it resumed from was already complete")
     return saved
+
+
+def _validate(training: Training, validator: Validator, step: int, log: RunLog | NoLog) -> None:
+    began = time.perf_counter()
+    output_dir, world = training.settings.run.output_dir, training.world
+    metrics = validator.run(training.validation_batches, step_folder(output_dir, step), world)
+    log.scalars(step, metrics | {"seconds/validation": time.perf_counter() - began})
+    if world.is_main:
+        for preview in find_previews(output_dir, step):
+            log.picture(step, f"preview/{preview.sample.name}", contact_sheet(preview))
 
 
 def _metrics(reports: list[LossReport], gradient_norm: float, learning_rate: float) -> dict[str, float]:

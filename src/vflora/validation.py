@@ -18,11 +18,11 @@ from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.video_vae import decode_frames
+from vflora.previews import PreviewSample, file_name, write_index, write_preview
 from vflora.random_streams import keyed_generator, keyed_noise
 from vflora.rollout import rollout
 from vflora.teacher_source import PromptMaker
 from vflora.types import Batch, Conditions, Trajectory
-from vflora.video_io import write_mp4
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Validator:
 
         Args:
             batches: held-out pictures, the same on every process.
-            preview_dir: folder for one mp4 per sample; None writes none.
+            preview_dir: folder for one mp4 per sample (see `vflora.previews`); None writes none.
             world: the processes.
         """
         samples = [(batch, index) for batch in batches for index in range(len(batch))]
@@ -76,7 +76,9 @@ class Validator:
         ]
         everyone = world.gather_over_data(own)
         rows = [everyone[number % world.dp_size][number // world.dp_size] for number in range(len(samples))]
-        metrics = {name: fmean(row[name] for row in rows) for name in rows[0]}
+        if preview_dir is not None and world.is_main:
+            write_index(preview_dir, rows)
+        metrics = {name: fmean(row.numbers[name] for row in rows) for name in rows[0].numbers}
         metrics["val/motion_ratio"] = metrics["val/student_motion"] / max(metrics["val/teacher_motion"], 1e-9)
         if metrics["val/motion_ratio"] < FROZEN_RATIO:
             logger.warning(
@@ -85,7 +87,7 @@ class Validator:
             )
         return metrics
 
-    def _sample(self, batch: Batch, index: int, preview_dir: Path | None) -> dict[str, float]:
+    def _sample(self, batch: Batch, index: int, preview_dir: Path | None) -> PreviewSample:
         key, character = batch.keys[index], batch.characters[index]
         images = batch.images[index : index + 1]
         prompt = self._make_prompt(character, keyed_generator(self._seed, "validation prompt", key))
@@ -100,12 +102,11 @@ class Validator:
         reference = images[0].to(self._device).float() / 127.5 - 1
         scores = {who: score_video(video, reference, self._embedder) for who, video in videos.items()}
         if preview_dir is not None:
-            preview_dir.mkdir(parents=True, exist_ok=True)
-            side_by_side = torch.cat([videos["teacher"], videos["student"]], dim=-1)
-            write_mp4(preview_dir / f"{key}.mp4", side_by_side)
-        return {"val/teacher_deviation": self._deviation(teacher, conditions)} | {
+            write_preview(preview_dir, file_name(key), images[0], **videos)
+        numbers = {"val/teacher_deviation": self._deviation(teacher, conditions)} | {
             f"val/{who}_{name}": value for who, s in scores.items() for name, value in _flat(s).items()
         }
+        return PreviewSample(file_name(key), character, prompt, numbers)
 
     def _rollout(self, noise: Tensor, conditions: Conditions, unconditional: Conditions | None) -> Trajectory:
         return rollout(

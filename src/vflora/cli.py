@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from vflora import __version__
 from vflora.arguments import normalise
+from vflora.distributed.voice import first_to_say, is_first, said_once
 from vflora.errors import UserError
 from vflora.presets import expand_mode
 
@@ -67,12 +68,17 @@ COMMANDS: dict[str, Command] = {
     "bench ratio": Command("what dropped padding and shared weights gain", "vflora.bench.ratio", "BenchRatioConfig"),
 }
 
+_ANSWERS = {"-h", "--help", "-V", "--version", "--print_config"}
+"""Flags that are answered by printing and nothing else: one process of a launcher is enough."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code: 0 done, 1 found something wrong, 2 bad input."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _start_logging()
     _quiet_libraries()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not is_first() and _ANSWERS & {*words}:
+        return 0
     if words in (["--version"], ["-V"]):
         print(f"vflora {__version__}")
         return 0
@@ -84,10 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run_command(name, rest) or 0
     except UserError as error:
-        print(f"vflora: {error}", file=sys.stderr)
+        if first_to_say(str(error)):
+            print(f"vflora: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vflora: interrupted", file=sys.stderr)
+        if first_to_say("interrupted"):
+            print("vflora: interrupted", file=sys.stderr)
         return 130
 
 
@@ -161,6 +169,13 @@ def _overview() -> str:
             *lines,
         ]
     )
+
+
+def _start_logging() -> None:
+    """Prints what the first process of a launcher logs, and warnings of any, each once."""
+    logging.basicConfig(level=logging.INFO if is_first() else logging.WARNING, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(said_once)
 
 
 def _quiet_libraries() -> None:

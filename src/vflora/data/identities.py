@@ -24,6 +24,7 @@ from vflora.data.sampling import IdentityBatches
 from vflora.data.schema import common_size, find_shards, fingerprint, read_manifest
 from vflora.data.shards import BadSampleError, Sample, labelled_samples
 from vflora.data.workers import start_workers
+from vflora.distributed.voice import is_first
 from vflora.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,14 @@ class IdentityIndex:
         label_of = IdentityLabel(id_key, frozenset(_identities(table, id_key)))
         size = common_size(paths, label_of)
         pools: dict[int, list[Sample]] = {}
-        for path in tqdm(paths, desc=f"listing {split} shards", unit="shard", delay=_QUIET_SECONDS, leave=False):
+        for path in tqdm(
+            paths,
+            desc=f"listing {split} shards",
+            unit="shard",
+            delay=_QUIET_SECONDS,
+            leave=False,
+            disable=not is_first(),
+        ):
             for sample in labelled_samples(path, label_of):
                 pools.setdefault(sample.label, []).append(sample)
         frozen = {identity: tuple(pools[identity]) for identity in sorted(pools)}

@@ -13,9 +13,12 @@ from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers.utils import logging as transformers_logging
 
+from vflora.distributed.voice import is_first
 from vflora.distributed.watch import LostProcessError, Watch, attempt
 from vflora.errors import UserError
 
@@ -114,6 +117,27 @@ class World:
             raise UserError(str(answer[1]))
         return answer[0]  # pyright: ignore[reportReturnType]
 
+    def everywhere(self, make: Callable[[], T]) -> T:
+        """Calls `make` on every process and returns what each made; `make` itself must not wait for the others.
+
+        Raises:
+            UserError: on every process, if it was raised on any.
+        """
+        made: list[T] = []
+        refusal: str | None = None
+        try:
+            made.append(make())
+        except UserError as error:
+            refusal = str(error)
+        refusals: list[str | None] = [refusal]
+        if self.size > 1:
+            refusals *= self.size
+            dist.all_gather_object(refusals, refusal, group=self.group)
+        for sentence in refusals:
+            if sentence is not None:
+                raise UserError(sentence)
+        return made[0]
+
     def reduce_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Makes the gradients those of the global batch, in place.
 
@@ -186,18 +210,11 @@ def start(sp_size: int, device: torch.device) -> World:
     require_processes(size, sp_size)
     if size == 1:
         return ALONE
-    if int(os.environ["RANK"]) > 0:
+    if not is_first():
         logging.getLogger("vflora").setLevel(logging.WARNING)
-    if device.type == "cuda":
-        if device.index is not None:
-            raise UserError(f"--device {device} names one GPU for {size} processes: leave --device out.")
-        here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if here > devices:
-            raise UserError(
-                f"torchrun starts {here} processes on this machine, which has {devices} GPUs: "
-                f"use --nproc_per_node {devices}."
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+    claim_device(device, size)
     store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -210,6 +227,25 @@ def start(sp_size: int, device: torch.device) -> World:
     watch = Watch(dist.get_rank(), size)
     watch.start()
     return World(dist.get_rank(), size, sp_size, mesh, watch=watch)
+
+
+def claim_device(device: torch.device, size: int) -> None:
+    """Makes this process's own GPU the current one, where torchrun started `size` processes.
+
+    Raises:
+        UserError: if there are not the devices for it.
+    """
+    if device.type != "cuda" or size == 1:
+        return
+    if device.index is not None:
+        raise UserError(f"--device {device} names one GPU for {size} processes: leave --device out.")
+    here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if here > devices:
+        raise UserError(
+            f"torchrun starts {here} processes on this machine, which has {devices} GPUs: "
+            f"use --nproc_per_node {devices}."
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def require_processes(size: int, sp_size: int) -> None:
@@ -227,13 +263,14 @@ def require_processes(size: int, sp_size: int) -> None:
         raise UserError(f"{size} processes do not divide by --sp_size {sp_size}: use {_choices(size)}.")
 
 
-def require_divisible(*, heads: int, tokens: dict[str, int], sp_size: int) -> None:
+def require_divisible(*, heads: int, tokens: dict[str, int], sp_size: int, flag: str = "--sp_size") -> None:
     """Checks that attention heads and video tokens divide among the processes that share a sample.
 
     Args:
         heads: of the transformer.
         tokens: video tokens of a clip, by what the clip is called in the message.
         sp_size: processes that share a sample.
+        flag: that says how many, for the message.
 
     Raises:
         UserError: with the sizes that work.
@@ -241,10 +278,10 @@ def require_divisible(*, heads: int, tokens: dict[str, int], sp_size: int) -> No
     working = [n for n in range(1, heads + 1) if heads % n == 0 and all(t % n == 0 for t in tokens.values())]
     choices = " or ".join(map(str, working))
     if heads % sp_size:
-        raise UserError(f"{heads} attention heads do not divide by --sp_size {sp_size}: use {choices}.")
+        raise UserError(f"{heads} attention heads do not divide by {flag} {sp_size}: use {choices}.")
     for clip, count in tokens.items():
         if count % sp_size:
-            raise UserError(f"{clip} ({count} tokens) does not divide by --sp_size {sp_size}: use {choices}.")
+            raise UserError(f"{clip} ({count} tokens) does not divide by {flag} {sp_size}: use {choices}.")
 
 
 def _choices(size: int) -> str:

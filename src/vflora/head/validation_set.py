@@ -14,6 +14,7 @@ from vflora.data.identities import IdentityIndex
 from vflora.data.images import to_tensor
 from vflora.data.sampling import keyed_random
 from vflora.data.shards import Sample
+from vflora.distributed.voice import is_first
 from vflora.errors import UserError
 from vflora.head.config import HeadConfig
 from vflora.head.validation import ValidationFeatures
@@ -71,7 +72,13 @@ def validation_features(
     clean_config = for_validation(config, crop=config.val_crop, degrade=False)
     counter = FaultCounter(config.max_bad_samples)
     clean, degraded, ids = [], [], []
-    for start in tqdm(range(0, len(samples), _PER_PASS), desc="encoding validation pictures", delay=2, leave=False):
+    for start in tqdm(
+        range(0, len(samples), _PER_PASS),
+        desc="encoding validation pictures",
+        delay=2,
+        leave=False,
+        disable=not is_first(),
+    ):
         faults: Faults = {}
         read = [(s, decode_sample(s, index.size, faults)) for s in samples[start : start + _PER_PASS]]
         counter.add(faults)

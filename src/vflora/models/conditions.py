@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from vflora.distributed.voice import is_first
 from vflora.models.loading import load_encoders
 from vflora.models.video_vae import encode_first_frame
 from vflora.types import Conditions
@@ -147,7 +148,9 @@ class ConditionEncoder:
         if not texts and not pictures:
             return
         pipeline = self._loaded_pipeline()
-        with tqdm(total=len(texts) + len(pictures), desc="encoding conditions", leave=False, delay=2) as bar:
+        with tqdm(
+            total=len(texts) + len(pictures), desc="encoding conditions", leave=False, delay=2, disable=not is_first()
+        ) as bar:
             if texts:
                 with _visiting(self._device, pipeline.text_encoder, pipeline.text_encoder_2):
                     for prompt in texts:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vflora.distributed.voice import is_first
 from vflora.errors import UserError
 
 Convert = Callable[[str, Tensor], dict[str, Tensor]]
@@ -69,7 +70,9 @@ def fill(
     left_over: list[str] = []
     keys = {shard: sorted(_keys(shard)) for shard in shards}
     total = sum(len(names) for names in keys.values())
-    with tqdm(total=total, desc=f"loading {shards[0].parent.name}", unit="tensor", delay=2) as bar:
+    with tqdm(
+        total=total, desc=f"loading {shards[0].parent.name}", unit="tensor", delay=2, disable=not is_first()
+    ) as bar:
         for shard, names in keys.items():
             with _opened(shard) as file:
                 for key in names:

@@ -15,14 +15,13 @@ from typing import Any, Protocol
 from torch import Tensor
 from tqdm import tqdm
 
-from vflora import acceleration
-from vflora.adapters import AdapterInfo, add_adapters, find_adapter, read_adapter
+from vflora.adapters import AdapterInfo, read_adapter
 from vflora.config import Precision, require, require_frames
 from vflora.data.images import to_signed, to_tensor
 from vflora.deviation import deviations_on, record_path
 from vflora.devices import torch_device
 from vflora.evaluate import Embedder, IdentityScores, deviation_by_sigma, embed_frames, identity_scores, score_video
-from vflora.inference import load_for_sampling
+from vflora.inference import load_with_adapters
 from vflora.judge import Judge
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.lora_formats import write_lora
@@ -128,8 +127,6 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return None
-    for path in config.lora_path:
-        find_adapter(path)
     samples = find_samples(
         config.images,
         prompts=config.prompts,
@@ -138,24 +135,21 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
         max_rows=config.max_rows,
     )
     device = torch_device(config.device)
-    waits = device.type != "cpu" and config.offloading
-    pipeline = load_for_sampling(
-        config.pipeline_dir, config.transformer_version, config.dtype, "cpu" if waits else device
+    pipeline, adapters = load_with_adapters(
+        config.pipeline_dir,
+        config.lora_path,
+        [1.0],
+        transformer_version=config.transformer_version,
+        dtype=config.dtype,
+        device=device,
+        offloading=config.offloading,
+        vae_tiling=config.vae_tiling,
     )
     if judge is None:
         judge = Judge.load(config.judge_model_dir, device) if config.judge_model_dir else Judge.from_pipeline(pipeline)
     trained = None
     if config.dino_model_dir is not None and config.dino_head_path is not None:
         trained = IdentityEmbedder.load(config.dino_model_dir, config.dino_head_path, device)
-    adapters = add_adapters(pipeline.transformer, config.lora_path, [1.0])
-    acceleration.place(
-        pipeline,
-        device,
-        offloading=config.offloading,
-        group_offloading=None,
-        overlap=False,
-        vae_tiling=config.vae_tiling,
-    )
     rows = compare(
         pipeline,
         samples,

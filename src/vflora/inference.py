@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import HunyuanVideo15Pipeline
 from PIL import Image
 
+from vflora import acceleration
+from vflora.adapters import AdapterInfo, add_adapters, find_adapter
 from vflora.config import TORCH_DTYPES
 from vflora.data.images import BadImageError, decode
 from vflora.errors import UserError
@@ -49,6 +52,43 @@ def load_for_sampling(model_path: str, transformer_version: str, dtype: str, dev
         pipeline = HunyuanVideo15Pipeline.from_pretrained(model_path, dtype=TORCH_DTYPES[dtype])
         return pipeline.to(device)
     return load_pipeline(model_path, transformer_version, TORCH_DTYPES[dtype], device)
+
+
+def load_with_adapters(
+    model_path: str,
+    adapters: Sequence[str],
+    scales: Sequence[float],
+    *,
+    transformer_version: str,
+    dtype: str,
+    device: torch.device,
+    offloading: bool,
+    vae_tiling: bool,
+) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
+    """Loads a pipeline, adds its adapters, and puts it where it computes.
+
+    Args:
+        model_path: folder or hub name.
+        adapters: LoRA files, folders or training checkpoints; all act together.
+        scales: strength of each, or one for all.
+        transformer_version: which transformer, where there are several.
+        dtype: bf16 or fp32.
+        device: where to compute.
+        offloading: keep each model in main memory until it is its turn.
+        vae_tiling: decode videos larger than 256 x 256 in overlapping tiles.
+
+    Raises:
+        UserError: if there is no pipeline, or an adapter cannot be read or does not fit.
+    """
+    for adapter in adapters:
+        find_adapter(adapter)  # a wrong path should show before minutes of loading
+    waits = device.type != "cpu" and offloading
+    pipeline = load_for_sampling(model_path, transformer_version, dtype, "cpu" if waits else device)
+    added = add_adapters(pipeline.transformer, adapters, scales)
+    acceleration.place(
+        pipeline, device, offloading=offloading, group_offloading=None, overlap=False, vae_tiling=vae_tiling
+    )
+    return pipeline, added
 
 
 def _names_text_to_video(folder: Path) -> bool:

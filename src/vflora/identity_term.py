@@ -14,6 +14,7 @@ from vflora.losses import frame_buckets, identity_loss
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.video_vae import decode_frames
 from vflora.random_streams import keyed_generator
+from vflora.step_clock import StepClock
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class IdentityTerm:
         self.config, self.vae, self.embedder = config, vae, embedder
         self._recompute, self._tile = recompute, tile
 
-    def gradient(self, clean: Tensor, anchors: Tensor, *key: int | str) -> IdentityGradient:
+    def gradient(
+        self, clean: Tensor, anchors: Tensor, *key: int | str, clock: StepClock | None = None
+    ) -> IdentityGradient:
         """Computes the loss and carries its gradient back to the estimate, no further.
 
         The decoder's graph lives and dies in here, so it never shares memory with the student's.
@@ -66,17 +69,23 @@ class IdentityTerm:
             clean: estimated latents x0 [B, C, T, H, W], fp32, detached.
             anchors: uint8 [B, 3, H, W].
             key: of the random choice of frames.
+            clock: told what part of the time the decoder takes, forward and backward.
         """
+        clock = clock or StepClock(clean.device)
         clean = clean.detach().requires_grad_()
         frame_count = (clean.shape[2] - 1) * self.vae.temporal_compression_ratio + 1
         chosen = torch.tensor(frame_buckets(frame_count, self.config.id_num_frames, keyed_generator(*key)))
         with torch.enable_grad():
-            pixels = decode_frames(
-                self.vae, self._shrunk(clean), chosen.tolist(), checkpointed=self._recompute, tile=self._tile
-            )
-            frames = self.embedder.embed(pixels.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clean), -1))
+            with clock.part("decode"):
+                pixels = decode_frames(
+                    self.vae, self._shrunk(clean), chosen.tolist(), checkpointed=self._recompute, tile=self._tile
+                )
+            seen = pixels.detach().requires_grad_()
+            frames = self.embedder.embed(seen.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clean), -1))
             loss, cosines = identity_loss(frames, self.embed_anchors(anchors), self.config.id_margin)
-            (gradient,) = torch.autograd.grad(loss, clean)
+            (wanted,) = torch.autograd.grad(loss, seen)
+            with clock.part("decode"):
+                (gradient,) = torch.autograd.grad(pixels, clean, wanted)
         return IdentityGradient(loss.item(), gradient, cosines.cpu(), chosen.expand(len(clean), -1))
 
     @torch.no_grad()

@@ -77,7 +77,7 @@ def training_step(
                 velocity = student.velocity(deepest.latents, deepest.sigma, inputs.conditions)
             kept = velocity if keep_graph else None
             estimate = clean_estimate(deepest.latents, deepest.sigma, velocity.detach())
-            judged = identity.gradient(estimate, inputs.anchors, *inputs.key)
+            judged = identity.gradient(estimate, inputs.anchors, *inputs.key, clock=clock)
         _require_finite(is_finite, judged.loss, "the identity loss")
 
     errors: dict[float, float] = {}

@@ -18,7 +18,7 @@ from vflora.models.lora_formats import build_header, from_transformer, write_lor
 from vflora.previews import contact_sheet, find_previews, step_folder
 from vflora.run_log import NoLog, RunLog
 from vflora.settings import TrainSettings
-from vflora.step_clock import StepClock
+from vflora.step_clock import StepClock, split
 from vflora.stopping import stop_requests
 from vflora.training_setup import Training, samples_per_step, set_up
 from vflora.types import LossReport
@@ -138,6 +138,9 @@ def _glance(metrics: dict[str, float]) -> dict[str, str]:
     if "loss/identity" in metrics:
         shown["identity"] = f"{metrics['loss/identity']:.3f}"
     shown["s/step"] = f"{metrics['seconds/step']:.2f}"
+    parts = {name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")}
+    parts.pop("step")
+    shown["of which"] = split(parts)
     return shown
 
 

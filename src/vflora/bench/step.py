@@ -74,7 +74,7 @@ def measure(setting: Setting, config: BenchConfig) -> dict[str, Any]:
             bar.update()
     blocks = [rows[i : i + reuse] for i in range(0, timed, reuse)]
     totals = [sum(row["step"] for row in block) / reuse for block in blocks]
-    parts = {part: sum(row.get(part, 0.0) for row in rows) / timed for part in rows[0] | first}
+    parts = {part: sum(row.get(part, 0.0) for row in rows) / timed for part in rows[0]}
     return {
         "first_step_s": first["step"],
         "step_s": median(totals),

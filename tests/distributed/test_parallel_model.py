@@ -111,3 +111,19 @@ def test_no_process_holds_more_than_its_part_of_the_base(in_processes, make_cond
         assert answer["all sharded"]
         assert answer["held"] < 0.52 * answer["whole"]
         assert answer["LoRA"] == {(torch.nn.Parameter, torch.float32)}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_tokens_that_do_not_divide_give_the_same_velocity(in_processes, make_conditions, processes):
+    latents = torch.randn(1, 4, 3, 3, 5, generator=torch.Generator().manual_seed(2))  # 45 tokens
+    conditions = make_conditions((7,), (2,), size=(3, 5))
+
+    @torch.no_grad()
+    def work(world):
+        denoiser = student()
+        enable_context_parallel(denoiser.transformer, world, uneven=True)
+        return denoiser.velocity(latents, 0.7, conditions)
+
+    wanted = student().velocity(latents, 0.7, conditions).detach()
+    for velocity in in_processes(processes, work, sp_size=processes):
+        torch.testing.assert_close(velocity, wanted, rtol=1e-5, atol=1e-6)

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from diffusers.models._modeling_parallel import ContextParallelConfig, ContextParallelInput, ContextParallelOutput
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
 from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from torch.nn.functional import pad
 
 from vflora.distributed.world import World
 
@@ -27,7 +30,9 @@ _PLAN = {
 }
 
 
-def enable_context_parallel(transformer: HunyuanVideo15Transformer3DModel, world: World) -> None:
+def enable_context_parallel(
+    transformer: HunyuanVideo15Transformer3DModel, world: World, *, uneven: bool = False
+) -> None:
     """Splits every forward pass over the processes that share a sample, in place.
 
     The sum of their gradients is the gradient. Call it after `make_dense`, sharding and compiling.
@@ -35,14 +40,32 @@ def enable_context_parallel(transformer: HunyuanVideo15Transformer3DModel, world
     Args:
         transformer: with the dense forward pass, which pads the text to a length that divides.
         world: the processes; with `sp_size` 1 nothing changes.
+        uneven: whether video tokens may not divide by the processes; forward passes only.
     """
-    if world.sp_size == 1:
+    if world.sp_size == 1 or world.mesh is None:
         return
-    config = ContextParallelConfig(ulysses_degree=world.sp_size, mesh=world.mesh)
+    config = ContextParallelConfig(ulysses_degree=world.sp_size, ulysses_anything=uneven, mesh=world.mesh)
     with _quietly(), _some_accelerator():
-        transformer.enable_parallelism(config=config, cp_plan=dict(_PLAN))
+        plan = {name: what for name, what in _PLAN.items() if not (uneven and name == "proj_out")}
+        transformer.enable_parallelism(config=config, cp_plan=plan)
+    if uneven:
+        group = world.mesh["ulysses"].get_group()
+        transformer.proj_out.register_forward_hook(lambda _module, _args, part: _gathered(part, group))
     # Said by torch 2.13 to diffusers 0.42 in every forward pass.
     warnings.filterwarnings("ignore", ".*all_gather_tensor` is deprecated", FutureWarning)
+
+
+def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Puts parts [B, n, C] together along n, which differs; gloo cannot gather such parts, so they travel padded."""
+    processes = dist.get_world_size(group)
+    lengths = part.new_zeros(processes, dtype=torch.int64)
+    lengths[dist.get_rank(group)] = part.shape[1]
+    dist.all_reduce(lengths, group=group)
+    longest = int(lengths.max())
+    padded = pad(part, (0, 0, 0, longest - part.shape[1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in range(processes)]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([p[:, :n] for p, n in zip(parts, lengths.tolist(), strict=True)], dim=1)
 
 
 @contextmanager

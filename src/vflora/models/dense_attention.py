@@ -151,9 +151,9 @@ def _key_mask(parts: list[Tensor], masks: list[Tensor | None]) -> Tensor | None:
 
 
 def _processes(transformer: HunyuanVideo15Transformer3DModel) -> int:
-    """How many processes share the tokens of a sample."""
+    """Among how many processes the tokens of a sample must divide."""
     config = transformer._parallel_config and transformer._parallel_config.context_parallel_config
-    return config.ulysses_degree or 1 if config else 1
+    return config.ulysses_degree or 1 if config and not config.ulysses_anything else 1
 
 
 def _divisible(context: Tensor, mask: Tensor | None, processes: int) -> tuple[Tensor, Tensor | None]:

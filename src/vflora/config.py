@@ -13,6 +13,7 @@ import torch
 
 from vflora.devices import torch_device
 from vflora.errors import UserError
+from vflora.profiling import parse_steps
 
 Precision = Literal["bf16", "fp32"]
 TORCH_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -256,6 +257,8 @@ class RunConfig:
     """A checkpoint folder, `latest` for the newest one in --output_dir, or `auto`: the newest one if there is any."""
     async_save: bool = False
     """Write checkpoints in a thread while the training goes on."""
+    profile_steps: str | None = None
+    """Steps to record with PyTorch's profiler, like 5-7; their trace goes to traces/ in --output_dir."""
     teacher_check: int = 0
     """Every so many steps, assert that the teacher's prediction on a fixed input has not moved by a bit; 0 is never."""
 
@@ -263,6 +266,8 @@ class RunConfig:
         for name in ("save_every_steps", "log_every_steps"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1.")
         require(self.keep_checkpoints is None or self.keep_checkpoints >= 1, "--keep_checkpoints must be at least 1.")
+        if self.profile_steps is not None:
+            parse_steps(self.profile_steps)
         require(self.teacher_check >= 0, "--teacher_check must not be negative.")
 
 

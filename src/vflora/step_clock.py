@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 PARTS = ("data", "rollout", "distillation", "identity", "decode", "optimizer")
 """What every step is split into, in this order; a part that did not happen took no time."""
@@ -34,7 +35,8 @@ class StepClock:
             self._spans.append((*self._open[-1], start))
         self._open.append((name, start))
         try:
-            yield
+            with record_function(name):  # a name in the profiler's trace
+                yield
         finally:
             end = self._mark()
             self._spans.append((*self._open.pop(), end))

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.config import require
 from vflora.devices import torch_device
 from vflora.learning import learn
 from vflora.models.speed import SpeedConfig
@@ -86,6 +87,7 @@ def run(settings: BenchAccuracySettings) -> None:
         UserError: for settings that cannot work.
     """
     config = settings.bench
+    require(config.profile_steps is None, "--profile_steps is for `vflora bench step`: drop it here.")
     exact = _outcome(config, SpeedConfig())
     on_cuda = torch_device(config.device).type == "cuda"
     rows = []

@@ -36,6 +36,7 @@ from vflora.models.fast_teacher import harvested_sigmas
 from vflora.models.lora import add_lora
 from vflora.models.speed import Acceleration, SpeedConfig, accelerate, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
+from vflora.profiling import parse_steps
 from vflora.random_streams import keyed_generator
 from vflora.resolution import clip_size
 from vflora.settings import TrainSettings
@@ -77,11 +78,19 @@ class BenchConfig:
     """Of everything random."""
     output: Path | None = None
     """JSON file for all numbers."""
+    profile_steps: str | None = None
+    """Steps to record with PyTorch's profiler, like 3-4, where 1 compiles; the trace goes beside --output."""
 
     def __post_init__(self) -> None:
         require_frames("frames", self.frames)
         require(self.steps >= 1, "--steps must be at least 1.")
         require(self.batch_size >= 1, "--batch_size must be at least 1.")
+        require(
+            self.profile_steps is None or self.output is not None,
+            "--profile_steps writes its trace beside the numbers: give --output FILE.json.",
+        )
+        if self.profile_steps is not None:
+            parse_steps(self.profile_steps)
 
 
 class RandomConditions:

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from vflora.bench.setting import BenchConfig, Setting, build_setting
 from vflora.learning import learn
 from vflora.models.speed import SpeedConfig
+from vflora.profiling import StepTracer
 from vflora.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
@@ -56,21 +58,26 @@ def measure(setting: Setting, config: BenchConfig) -> dict[str, Any]:
     """Runs one rollout's worth of steps for warming up, then `config.steps` timed ones, in whole rollouts."""
     reuse = config.trajectory_reuse
     timed = -(-config.steps // reuse) * reuse
+    warm_up = max(reuse, 2)
+    traces = Path() if config.output is None else config.output.with_suffix(".traces")
+    tracer = StepTracer(config.profile_steps, traces, run=range(1, 1 + warm_up + timed))
     on_cuda = setting.device.type == "cuda"
     logger.info("the first step%s", ", which compiles" if setting.acceleration.config.compile else "")
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    first = one_step(setting, 0)
-    warm_up = max(reuse, 2)
+    with tracer.step(1):
+        first = one_step(setting, 0)
     with tqdm(total=warm_up - 1 + timed, desc="steps", unit="step") as bar:
         for step in range(1, warm_up):
-            one_step(setting, step)
+            with tracer.step(step + 1):
+                one_step(setting, step)
             bar.update()
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
         rows = []
         for step in range(warm_up, warm_up + timed):
-            rows.append(one_step(setting, step))
+            with tracer.step(step + 1):
+                rows.append(one_step(setting, step))
             bar.update()
     blocks = [rows[i : i + reuse] for i in range(0, timed, reuse)]
     totals = [sum(row["step"] for row in block) / reuse for block in blocks]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -11,11 +13,13 @@ import torch
 from tqdm import tqdm
 
 from vflora.checkpoint import CheckpointWriter, RunState
+from vflora.config import require
 from vflora.distributed.world import joined
 from vflora.learning import learn
 from vflora.models.lora import ADAPTER
 from vflora.models.lora_formats import build_header, from_transformer, write_lora
 from vflora.previews import contact_sheet, find_previews, step_folder
+from vflora.profiling import StepTracer
 from vflora.run_log import NoLog, RunLog
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock, split
@@ -33,16 +37,120 @@ def run(settings: TrainSettings) -> Path:
     Raises:
         UserError: for bad input, and NonFiniteError where a loss or gradient is not finite.
     """
+    with opened(settings) as progress:
+        return _loop(progress)
+
+
+@contextmanager
+def opened(settings: TrainSettings) -> Iterator[Run]:
+    """Sets a run up, new or resumed, and closes its files and processes in the end.
+
+    Raises:
+        UserError: for whatever is wrong with the settings, the data, the models or the checkpoint.
+    """
     with joined(settings.distributed.sp_size, settings.model.torch_device()) as world:
         training = set_up(settings, world)
+        tracer = _tracer(training)
         log = _open_log(training)
         writer = CheckpointWriter(world, asynchronous=settings.run.async_save)
         try:
-            return _loop(training, log, writer)
+            yield Run(training, log, writer, tracer)
         finally:
+            tracer.close()
             log.close()
             training.loader.close()
             writer.close()
+
+
+class Run:
+    """A run in progress.
+
+    Attributes:
+        training: everything the steps work with; the student is `training.denoiser`.
+        step_count: optimizer steps done.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, training: Training, log: RunLog | NoLog, writer: CheckpointWriter, tracer: StepTracer):
+        """Takes what `opened` made."""
+        self._tracer = tracer
+        self.training, self._log, self._writer = training, log, writer
+        self.step_count, self.total_steps = training.start_step, training.settings.optimizer.max_train_steps
+        self._saved: tuple[int, Path] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step_count >= self.total_steps
+
+    def step(self) -> dict[str, float]:
+        """Takes one optimizer step, then logs, validates and saves whatever is due.
+
+        Returns:
+            The numbers of the step, under the names that metrics.jsonl has: loss/total, loss/distill (mean squared
+            error of velocities), loss/identity (mean of 1 - cosine, on steps that judge it), lambda_id,
+            gradient_norm, learning_rate, cosine/first_frame and cosine/last_frame, and seconds/step with its parts.
+
+        Raises:
+            UserError: if a loss or gradient is not finite, or a checkpoint cannot be written; after the last step.
+        """
+        require(not self.is_finished, f"all {self.total_steps} steps are done: raise --max_train_steps for more.")
+        metrics, reports = self._learn()
+        training, settings = self.training, self.training.settings
+        self.step_count += 1
+        done, last = self.step_count, self.is_finished
+        if last or done % settings.run.log_every_steps == 0:
+            self._log.scalars(done, metrics)
+            _log_cosines(self._log, done, reports)
+        if settings.run.teacher_check and done % settings.run.teacher_check == 0:
+            training.teacher_probe.check(done)
+        if training.validator and (last or done % settings.validation.val_every_steps == 0):
+            _validate(training, training.validator, done, self._log)
+        if last or done % settings.run.save_every_steps == 0:
+            self.save()
+        return metrics
+
+    def _learn(self) -> tuple[dict[str, float], list[LossReport]]:
+        training, world, step = self.training, self.training.world, self.step_count
+        began = time.perf_counter()
+        clock = StepClock(training.device)
+        with self._tracer.step(step + 1):
+            reports = [
+                learn(training, lesson, step, micro, clock, world)
+                for micro, lesson in enumerate(training.source.lessons(step, clock))
+            ]
+            with clock.part("optimizer"):
+                world.reduce_gradients(training.optimizer.gradients())
+                gradient_norm = training.optimizer.step(step + 1)
+        training.acceleration.end_step(world.least)
+        reports = [report for own in world.gather_over_data(reports) for report in own]
+        metrics = _metrics(reports, gradient_norm, training.optimizer.learning_rate)
+        metrics |= {f"seconds/{part}": value for part, value in clock.seconds().items()}
+        metrics["seconds/step"] = time.perf_counter() - began
+        return metrics, reports
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step, unless there is one, and returns its folder.
+
+        Its adapter is ready to use: the folder is a `--lora_path`.
+
+        Raises:
+            UserError: if it cannot be written; the checkpoints before stay as they are.
+        """
+        if self._saved is None or self._saved[0] != self.step_count:
+            self._saved = self.step_count, _save(self.training, self.step_count, self._writer)
+        return self._saved[1]
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on the disk."""
+        self._writer.wait()
+
+
+def _tracer(training: Training) -> StepTracer:
+    settings = training.settings
+    steps = range(training.start_step + 1, settings.optimizer.max_train_steps + 1)
+    wanted = settings.run.profile_steps if training.world.is_main else None
+    return StepTracer(wanted, settings.run.output_dir / "traces", run=steps)
 
 
 def _open_log(training: Training) -> RunLog | NoLog:
@@ -54,52 +162,34 @@ def _open_log(training: Training) -> RunLog | NoLog:
     return log
 
 
-def _loop(training: Training, log: RunLog | NoLog, writer: CheckpointWriter) -> Path:
-    settings, world = training.settings, training.world
-    total = settings.optimizer.max_train_steps
-    saved: Path | None = None
+def _loop(progress: Run) -> Path:
+    world = progress.training.world
     with (
         stop_requests() as stop_requested,
-        tqdm(total=total, initial=training.start_step, desc="training", unit="step", disable=not world.is_main) as bar,
+        tqdm(
+            total=progress.total_steps,
+            initial=progress.step_count,
+            desc="training",
+            unit="step",
+            disable=not world.is_main,
+        ) as bar,
     ):
-        for step in range(training.start_step, total):
-            began = time.perf_counter()
-            clock = StepClock(training.device)
-            reports = [
-                learn(training, lesson, step, micro, clock, world)
-                for micro, lesson in enumerate(training.source.lessons(step, clock))
-            ]
-            with clock.part("optimizer"):
-                world.reduce_gradients(training.optimizer.gradients())
-                gradient_norm = training.optimizer.step(step + 1)
-            training.acceleration.end_step(world.least)
-            done = step + 1
-            reports = [report for own in world.gather_over_data(reports) for report in own]
-            metrics = _metrics(reports, gradient_norm, training.optimizer.learning_rate)
-            metrics |= {f"seconds/{part}": value for part, value in clock.seconds().items()}
-            metrics["seconds/step"] = time.perf_counter() - began
+        while not progress.is_finished:
+            metrics = progress.step()
             bar.update()
             bar.set_postfix(_glance(metrics))
-            if done % settings.run.log_every_steps == 0 or done == total:
-                log.scalars(done, metrics)
-                _log_cosines(log, done, reports)
-            if settings.run.teacher_check and done % settings.run.teacher_check == 0:
-                training.teacher_probe.check(done)
-            if training.validator and (done % settings.validation.val_every_steps == 0 or done == total):
-                _validate(training, training.validator, done, log)
-            stopping = world.agree(stop_requested())
-            if done % settings.run.save_every_steps == 0 or done == total or stopping:
-                saved = _save(training, done, writer)
-            if stopping:
-                writer.wait()
+            if world.agree(stop_requested()):
+                saved = progress.save()
+                progress.wait()
                 logger.warning(
-                    "stopped after step %d; go on with --resume_from_checkpoint latest (saved: %s)", done, saved
+                    "stopped after step %d; go on with --resume_from_checkpoint latest (saved: %s)",
+                    progress.step_count,
+                    saved,
                 )
-                break
-        writer.wait()
-    if saved is None:
-        raise RuntimeError("the loop ended without a step: the checkpoint it resumed from was already complete")
-    return saved
+                return saved
+        saved = progress.save()
+        progress.wait()
+        return saved
 
 
 def _validate(training: Training, validator: Validator, step: int, log: RunLog | NoLog) -> None:

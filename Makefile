@@ -1,11 +1,12 @@
 # make demo   install into .venv, then the whole story on small models: pictures -> LoRA -> page
 # make test   install into .venv, then the tests
+# make ratio  what dropped padding and shared weights gain, as ratios that hold on any machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-run
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test ratio lint clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +20,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+ratio: install
+	OMP_NUM_THREADS=1 $(BIN)/vflora bench ratio --output build/ratio.json
 
 lint: install
 	$(BIN)/ruff check src tests *.py

@@ -48,7 +48,10 @@ def test_every_approximation_is_close_and_the_exact_ones_are_exact(tmp_path):
     assert all(row["gradient_cosine"] > 0.99 for name, row in rows.items() if "half-size" not in name)
 
 
-def test_dropping_the_padding_and_sharing_the_weights_pay():
-    ratios = ratio.run(BenchRatioConfig(repeats=3))
-    assert ratios["time, padded and masked / dropped"] > 1.5
-    assert ratios["weights, second copy / adapters off"] > 1.8
+def test_the_ratios_are_written_and_a_second_copy_holds_the_weights_twice(tmp_path):
+    # Times are printed and kept, never asserted: the machine may be busy.
+    output = tmp_path / "new folder" / "ratio.json"
+    ratios = ratio.run(BenchRatioConfig(repeats=1, output=output))
+    assert json.loads(output.read_text()) == ratios
+    assert all(0 < value < float("inf") for value in ratios.values())
+    assert 1.8 < ratios["weights, second copy / adapters off"] < 2

@@ -81,6 +81,7 @@ def run(config: BenchRatioConfig) -> dict[str, float]:
     }
     tqdm.write("\n".join(f"{name:<40}{ratio:>8.2f}" for name, ratio in ratios.items()))
     if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(json.dumps(ratios, indent=1))
     return ratios
 

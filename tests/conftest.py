@@ -10,10 +10,12 @@ from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from vflora.cli import parse  # noqa: E402
 from vflora.data.pack import PackConfig  # noqa: E402
 from vflora.data.pack import run as pack  # noqa: E402
 from vflora.models.projection_head import HeadSpec, new_head, save_head  # noqa: E402
 from vflora.models.random_weights import small_dinov3_vit, small_pipeline, small_transformer  # noqa: E402
+from vflora.train import run as train  # noqa: E402
 from vflora.types import Conditions  # noqa: E402
 
 diffusers_logging.set_verbosity_error()
@@ -104,3 +106,12 @@ def make_train_flags(small_models, small_data):
 def train_flags(make_train_flags, tmp_path):
     """The same for a run in tmp_path / "run"."""
     return make_train_flags(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained_run(make_train_flags, tmp_path_factory):
+    """The folder of a real training of four steps, validated after the second and the last, with TensorBoard."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--enable_validation", "--val_num_samples", "2", "--val_video_length", "5", "--val_every_steps", "2"]
+    train(parse("train", [*make_train_flags(folder), *flags, "--logger", "tensorboard"]))
+    return folder

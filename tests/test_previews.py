@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vflora.cli import parse
 from vflora.previews import (
     PreviewSample,
     contact_sheet,
@@ -16,33 +15,26 @@ from vflora.previews import (
     write_index,
     write_preview,
 )
-from vflora.train import run
 from vflora.video_io import read_mp4
 
 
 @pytest.fixture(scope="module")
-def trained(make_train_flags, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    flags = ["--enable_validation", "--val_num_samples", "2", "--val_video_length", "5", "--val_every_steps", "2"]
-    run(parse("train", [*make_train_flags(folder), *flags, "--logger", "tensorboard"]))
-    return folder
-
-
-@pytest.fixture
-def board(trained):
-    events = EventAccumulator(str(trained / "tensorboard"), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+def board(trained_run):
+    events = EventAccumulator(
+        str(trained_run / "tensorboard"), size_guidance={"images": 0, "histograms": 0, "scalars": 0}
+    )
     events.Reload()
     return events
 
 
-def test_tensorboard_has_scalars_previews_and_histograms_of_the_cosine(trained, board):
-    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+def test_tensorboard_has_scalars_previews_and_histograms_of_the_cosine(trained_run, board):
+    rows = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     for name in ("loss/total", "loss/distill", "loss/identity", "seconds/step", "val/motion_ratio"):
         wanted = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
         assert [(event.step, event.value) for event in board.Scalars(name)] == wanted
         assert wanted
 
-    previews = find_previews(trained)
+    previews = find_previews(trained_run)
     assert [preview.step for preview in previews] == [2, 2, 4, 4]
     assert set(board.Tags()["images"]) == {f"preview/{preview.sample.name}" for preview in previews}
     for preview in previews:
@@ -59,9 +51,9 @@ def test_tensorboard_has_scalars_previews_and_histograms_of_the_cosine(trained, 
         assert -1 <= values.min <= row["cosine/last_frame"] <= values.max <= 1
 
 
-def test_every_preview_knows_whom_it_shows_and_how_that_scored(trained):
-    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    for preview in find_previews(trained, 4):
+def test_every_preview_knows_whom_it_shows_and_how_that_scored(trained_run):
+    metrics = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    for preview in find_previews(trained_run, 4):
         assert preview.sample.character in preview.sample.prompt
         frames, _ = read_mp4(preview.video)
         assert frames.shape == (5, 64, 128, 3)
@@ -69,7 +61,7 @@ def test_every_preview_knows_whom_it_shows_and_how_that_scored(trained):
             assert picture.size == (64, 64)
     means = next(row for row in metrics if row["step"] == 4 and "val/motion_ratio" in row)
     for name in ("val/student_cosine_mean", "val/teacher_motion", "val/teacher_deviation"):
-        values = [preview.sample.numbers[name] for preview in find_previews(trained, 4)]
+        values = [preview.sample.numbers[name] for preview in find_previews(trained_run, 4)]
         assert sum(values) / 2 == pytest.approx(means[name])
     assert means["seconds/validation"] > 0
 

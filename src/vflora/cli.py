@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("picture and prompt -> video", "vflora.generate", "GenerateConfig"),
     "export": Command("checkpoint -> adapter file", "vflora.export", "ExportConfig"),
     "compare": Command("base and LoRA side by side, as one page", "vflora.compare", "CompareConfig"),
+    "watch": Command("the growing page of a run, in your browser", "vflora.watch.server", "WatchConfig", ("run_dir",)),
     "demo": Command("all of it on small models, in minutes", "vflora.demo", "DemoConfig"),
     "convert-lora": Command(
         "LoRA file -> file for another program",

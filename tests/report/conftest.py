@@ -126,8 +126,8 @@ class Browser:
         elif kind == "Network.requestWillBeSent":
             self.requests.append(values["request"]["url"][:120])
 
-    def open(self, page: Path, *, width: int, height: int, **media: str) -> None:
-        """Opens a file at a window size, with media features such as prefers_color_scheme."""
+    def open(self, page: Path | str, *, width: int, height: int, **media: str) -> None:
+        """Opens a file or an address at a window size, with media features such as prefers_color_scheme."""
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.complaints.clear()
         self.requests.clear()
@@ -139,7 +139,7 @@ class Browser:
             mobile=width < 600,
         )
         self.call("Emulation.setEmulatedMedia", features=features)
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.wait("document.readyState === 'complete'")
 
     def evaluate(self, expression: str):

@@ -5,7 +5,7 @@ import pytest
 
 from vflora.errors import UserError
 from vflora.report import write_page
-from vflora.report.plots import _spread, _ticks
+from vflora.report.axes import spread, ticks
 
 ONE = (("Momo", 0.5),)
 
@@ -65,13 +65,13 @@ def test_a_page_that_can_never_fit_says_what_to_leave_out(tmp_path, make_compari
 
 
 def test_labels_keep_their_order_and_do_not_touch():
-    heights = _spread([100.0, 101.0, 40.0, 102.0])
+    heights = spread([100.0, 101.0, 40.0, 102.0])
     assert heights[2] < heights[0] < heights[1] < heights[3]
     assert min(b - a for a, b in zip(sorted(heights), sorted(heights)[1:], strict=False)) >= 17
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.3), (-0.21, 0.98), (0.901, 0.9031)])
 def test_ticks_are_few_round_numbers_inside_the_range(low, high):
-    ticks = _ticks(low, high, 4)
-    assert 2 <= len(ticks) <= 6
-    assert low <= ticks[0] < ticks[-1] <= high
+    places = ticks(low, high, 4)
+    assert 2 <= len(places) <= 6
+    assert low <= places[0] < places[-1] <= high

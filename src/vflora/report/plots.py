@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from html import escape
 from statistics import mean, median
 
+from vflora.report.axes import LEFT, TOP, Frame, padded, spread, svg, ticks
 from vflora.report.records import BASE, KEPT_MOTION, Comparison, scale_name
 
-WIDTH, HEIGHT = 400, 290
-LEFT, RIGHT, TOP, BOTTOM = 46, 52, 16, 40
-_LABEL_GAP = 17
 _MOST_MOTION = 2.5
 
 
@@ -22,7 +17,7 @@ def identity_plot(comparison: Comparison) -> str:
         curves = [clip.scores.identity.cosines for clip in comparison.clips(scale)]
         lines[scale] = [mean(values) for values in zip(*curves, strict=True)]
     frames = len(lines[BASE])
-    frame = _Frame((0, max(1, frames - 1)), _padded(value for line in lines.values() for value in line))
+    frame = Frame((0, max(1, frames - 1)), padded(value for line in lines.values() for value in line))
     zone = frames - max(1, frames // 4)
     parts = [
         f'<rect class="zone" x="{frame.x(zone):.1f}" y="{TOP}" width="{frame.right - frame.x(zone):.1f}" '
@@ -32,19 +27,19 @@ def identity_plot(comparison: Comparison) -> str:
         *(frame.x_label(index, f"{index + 1}") for index in sorted({0, (frames - 1) // 2, frames - 1})),
         frame.x_title("frame"),
     ]
-    ends = _spread([frame.y(line[-1]) for line in lines.values()])
+    ends = spread([frame.y(line[-1]) for line in lines.values()])
     for (index, (scale, line)), end in zip(enumerate(lines.items()), ends, strict=True):
         points = " ".join(f"{frame.x(i):.1f},{frame.y(value):.1f}" for i, value in enumerate(line))
         parts.append(f'<polyline class="line s{index}" points="{points}"/>')
         parts.append(f'<text class="tag s{index}" x="{frame.right + 7}" y="{end + 4:.1f}">{scale_name(scale)}</text>')
-    return _svg(parts, "Identity over the frames: mean cosine to the reference, for the base and each scale")
+    return svg(parts, "Identity over the frames: mean cosine to the reference, for the base and each scale")
 
 
 def motion_plot(comparison: Comparison) -> str:
     """Draws the motion of every clip as a ratio to the base: a dot for each clip, a bar at the median."""
     ratios = {s: [min(c.motion_ratio, _MOST_MOTION) for c in comparison.clips(s)] for s in comparison.scales}
     top = max(1.25, *(max(values) for values in ratios.values())) * 1.04
-    frame = _Frame((-0.5, len(ratios) - 0.5), (0.0, top))
+    frame = Frame((-0.5, len(ratios) - 0.5), (0.0, top))
     parts = [
         f'<rect class="zone" x="{LEFT}" y="{frame.y(0.5):.1f}" width="{frame.right - LEFT}" '
         f'height="{frame.bottom - frame.y(0.5):.1f}"/>',
@@ -65,101 +60,33 @@ def motion_plot(comparison: Comparison) -> str:
             f'<line class="bar s{place + 1}" x1="{x - 17:.1f}" x2="{x + 17:.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
         )
         parts.append(frame.x_label(place, scale_name(scale)))
-    return _svg(parts, "Motion of every clip as a ratio to the base at the same seed, for each scale")
+    return svg(parts, "Motion of every clip as a ratio to the base at the same seed, for each scale")
 
 
 def tradeoff_plot(comparison: Comparison) -> str:
     """Draws identity against motion: the path from the base through the scales."""
     places = [(min(comparison.motion(s), _MOST_MOTION), comparison.identity(s)) for s in (BASE, *comparison.scales)]
-    low, high = _padded([x for x, _ in places] + [KEPT_MOTION, 1.1])
-    frame = _Frame((max(0.0, low), high), _padded(y for _, y in places))
+    low, high = padded([x for x, _ in places] + [KEPT_MOTION, 1.1])
+    frame = Frame((max(0.0, low), high), padded(y for _, y in places))
     kept = frame.x(KEPT_MOTION)
     parts = [
         f'<rect class="zone" x="{LEFT}" y="{TOP}" width="{kept - LEFT:.1f}" height="{frame.bottom - TOP}"/>',
         *([_hint_left_of(kept, frame.bottom)] if kept - LEFT > 64 else []),
         *frame.grid(lambda value: f"{value:g}".replace("-", "−")),
-        *(frame.x_label(tick, f"{100 * tick:.0f} %") for tick in _ticks(*frame.across, 4)),
+        *(frame.x_label(tick, f"{100 * tick:.0f} %") for tick in ticks(*frame.across, 4)),
         frame.x_title("motion kept"),
         '<polyline class="path" points="' + " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in places) + '"/>',
     ]
     for index, (x, y) in enumerate(places):
         parts.append(f'<circle class="spot s{index}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="5.5"/>')
-    labels = _spread([frame.y(y) for _, y in places])
+    labels = spread([frame.y(y) for _, y in places])
     for (index, (x, _)), label in zip(enumerate(places), labels, strict=True):
         scale = (BASE, *comparison.scales)[index]
         parts.append(
             f'<text class="tag s{index}" x="{frame.x(x) + 11:.1f}" y="{label + 4:.1f}">{scale_name(scale)}</text>'
         )
-    return _svg(parts, "Identity in the last quarter against motion kept, from the base through the scales")
+    return svg(parts, "Identity in the last quarter against motion kept, from the base through the scales")
 
 
 def _hint_left_of(x: float, bottom: float) -> str:
     return f'<text class="hint" x="{x - 6:.1f}" y="{bottom - 7}" text-anchor="end">too still</text>'
-
-
-class _Frame:
-    """The plotting area: data to pixels, grid lines and labels."""
-
-    def __init__(self, across: tuple[float, float], up: tuple[float, float]):
-        self.across, self.up = across, up
-        self.right, self.bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-
-    def x(self, value: float) -> float:
-        low, high = self.across
-        return LEFT + (value - low) / (high - low) * (self.right - LEFT)
-
-    def y(self, value: float) -> float:
-        low, high = self.up
-        return self.bottom - (value - low) / (high - low) * (self.bottom - TOP)
-
-    def grid(self, name) -> Iterable[str]:
-        for tick in _ticks(*self.up, 4):
-            y = f"{self.y(tick):.1f}"
-            yield f'<line class="grid" x1="{LEFT}" x2="{self.right}" y1="{y}" y2="{y}"/>'
-            yield f'<text class="axis" x="{LEFT - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{name(tick)}</text>'
-
-    def x_label(self, value: float, text: str) -> str:
-        return f'<text class="axis" x="{self.x(value):.1f}" y="{self.bottom + 18}" text-anchor="middle">{text}</text>'
-
-    def x_title(self, text: str) -> str:
-        middle = (LEFT + self.right) / 2
-        return f'<text class="hint" x="{middle:.1f}" y="{HEIGHT - 4}" text-anchor="middle">{text}</text>'
-
-
-def _svg(parts: Iterable[str], description: str) -> str:
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(description)}">{body}</svg>'
-
-
-def _padded(values: Iterable[float]) -> tuple[float, float]:
-    """Returns a range a little wider than the values, and never empty."""
-    values = list(values)
-    low, high = min(values), max(values)
-    room = max(0.08 * (high - low), 0.01)
-    return low - room, high + room
-
-
-def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Returns round numbers inside the range, about as many as wanted."""
-    raw = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _spread(heights: Sequence[float]) -> list[float]:
-    """Moves labels apart, keeping their order, so that none covers another."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    placed = [heights[i] for i in order]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + _LABEL_GAP)
-    overhang = placed[-1] - max(heights[order[-1]], HEIGHT - BOTTOM)
-    if overhang > 0:
-        placed[-1] -= overhang
-        for i in range(len(placed) - 2, -1, -1):
-            placed[i] = min(placed[i], placed[i + 1] - _LABEL_GAP)
-    result = [0.0] * len(heights)
-    for i, value in zip(order, placed, strict=True):
-        result[i] = value
-    return result

@@ -1,0 +1,1 @@
+"""The page of a run that is still going on, served locally."""

@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "data check": Command("list everything wrong with a data set", "vflora.data.check", "CheckConfig", ("wds_root",)),
     "train-head": Command("train the identity head on DINOv3", "vflora.train_head", "HeadConfig"),
     "train": Command("train the LoRA: the recipe", "vflora.train", "TrainSettings"),
+    "rollouts": Command("the teacher's part of a training, made ahead", "vflora.rollouts", "RolloutsSettings"),
     "generate": Command("picture and prompt -> video", "vflora.generate", "GenerateConfig"),
     "export": Command("checkpoint -> adapter file", "vflora.export", "ExportConfig"),
     "compare": Command("base and LoRA side by side, as one page", "vflora.compare", "CompareConfig"),

@@ -1,9 +1,10 @@
-"""Height and width of a training clip."""
+"""Height and width of a training clip, and of its latents."""
 
 from __future__ import annotations
 
 import re
 
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import AutoencoderKLHunyuanVideo15
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 
 from vflora.config import require
@@ -37,3 +38,9 @@ def clip_size(target: str, image_size: tuple[int, int], divisor: int) -> tuple[i
         f"--train_target_resolution {target} does not divide by {divisor}: use {nearest}.",
     )
     return height, width
+
+
+def latent_shape(vae: AutoencoderKLHunyuanVideo15, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns C, T, H, W of a clip's latents, from its frames (4n+1) and its height and width in pixels."""
+    space, time = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    return vae.config["latent_channels"], (frames - 1) // time + 1, size[0] // space, size[1] // space

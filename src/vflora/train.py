@@ -102,7 +102,7 @@ class Run:
         if last or done % settings.run.log_every_steps == 0:
             self._log.scalars(done, metrics)
             _log_cosines(self._log, done, reports)
-        if settings.run.teacher_check and done % settings.run.teacher_check == 0:
+        if training.teacher_probe and done % settings.run.teacher_check == 0:
             training.teacher_probe.check(done)
         if training.validator and (last or done % settings.validation.val_every_steps == 0):
             _validate(training, training.validator, done, self._log)

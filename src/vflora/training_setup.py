@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
 
 from vflora.checkpoint import find_checkpoint, read_state, read_tensors, verify_checkpoint
@@ -28,10 +27,12 @@ from vflora.models.loading import load_shift, load_vae
 from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
 from vflora.prompts import prompt_maker
-from vflora.resolution import clip_size
+from vflora.resolution import clip_size, latent_shape
 from vflora.settings import TrainSettings, require_same_recipe
 from vflora.student import TeacherProbe, build_student
-from vflora.teacher_source import TeacherSource, batches_before
+from vflora.teacher_source import LessonSource, TeacherSource, batches_before
+from vflora.trajectories.folder import condition_folder, open_trajectories, without_rollouts
+from vflora.trajectories.reader import TrajectoryReader
 from vflora.types import Batch
 from vflora.validation import Validator
 
@@ -49,11 +50,11 @@ class Training:
     acceleration: Acceleration
     identity: IdentityTerm
     optimizer: LoraOptimizer
-    source: TeacherSource
+    source: LessonSource
     loader: TrainLoader
     validator: Validator | None
     validation_batches: list[Batch]
-    teacher_probe: TeacherProbe
+    teacher_probe: TeacherProbe | None
     start_step: int
     data_fingerprint: str
     characters: tuple[str, ...]
@@ -78,13 +79,14 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
     if checkpoint is not None:
         start_step = read_state(checkpoint).step
         start_batch = batches_before(start_step, settings.rollout, settings.optimizer.gradient_accumulation_steps)
+    trajectories = world.from_main(lambda: open_trajectories(settings, dataset, world.dp_size, start_step))
     make_prompt = prompt_maker(settings.prompts)
 
     logger.info("loading the VAE")
     vae = load_vae(model.pipeline_dir, dtype, device)
     accelerate_decoder(vae, settings.speed)
     size = clip_size(settings.rollout.train_target_resolution, dataset.size, vae.spatial_compression_ratio)
-    latent_shape = _latent_shape(vae, settings.rollout.train_video_length, size)
+    shape = latent_shape(vae, settings.rollout.train_video_length, size)
     logger.info("loading the identity embedder")
     embedder = IdentityEmbedder.load(
         settings.identity.dino_model_dir, settings.identity.dino_head_path, device=device, dtype=dtype
@@ -95,18 +97,18 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         size=size,
         dtype=dtype,
         device=device,
-        cache_folder=settings.prompts.condition_cache,
+        cache_folder=condition_folder(settings),
         keep_images_on_disk=not settings.data.enable_augmentation,
     )
     logger.info("loading the transformer")
-    denoiser, acceleration = build_student(settings, dtype, device, world)
+    denoiser, acceleration = build_student(without_rollouts(settings), dtype, device, world)
     clips = [settings.rollout.train_video_length]
     if settings.validation.enable_validation:
         clips.append(settings.validation.val_video_length)
     require_divisible(
         heads=denoiser.transformer.config["num_attention_heads"],
         tokens={
-            f"{size[0]}x{size[1]} with {frames} frames": _tokens(denoiser, _latent_shape(vae, frames, size))
+            f"{size[0]}x{size[1]} with {frames} frames": _tokens(denoiser, latent_shape(vae, frames, size))
             for frames in clips
         },
         sp_size=world.sp_size,
@@ -125,20 +127,35 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         return harvested_sigmas(settings.rollout, run.seed, block, sigmas)
 
     loader = TrainLoader(dataset, settings.data, seed=run.seed, rank=world.dp_rank, start_batch=start_batch)
-    source = TeacherSource(
-        loader,
-        start_batch=start_batch,
-        make_prompt=make_prompt,
-        encoder=encoder,
-        denoiser=acceleration.teacher(denoiser, exact_sigmas),
-        config=settings.rollout,
-        sigmas=sigmas,
-        latent_shape=latent_shape,
-        accumulation=accumulation,
-        lookahead=settings.prompts.condition_lookahead,
-        seed=run.seed,
-        device=device,
-    )
+    source: LessonSource
+    if trajectories:
+        source = TrajectoryReader(
+            trajectories,
+            loader,
+            start_batch=start_batch,
+            steps=settings.optimizer.max_train_steps,
+            encoder=encoder,
+            config=settings.rollout,
+            sigmas=sigmas,
+            latent_shape=shape,
+            lookahead=settings.prompts.condition_lookahead,
+            device=device,
+        )
+    else:
+        source = TeacherSource(
+            loader,
+            start_batch=start_batch,
+            make_prompt=make_prompt,
+            encoder=encoder,
+            denoiser=acceleration.teacher(denoiser, exact_sigmas),
+            config=settings.rollout,
+            sigmas=sigmas,
+            latent_shape=shape,
+            accumulation=accumulation,
+            lookahead=settings.prompts.condition_lookahead,
+            seed=run.seed,
+            device=device,
+        )
     validator, held_out = None, []
     if settings.validation.enable_validation:
         validator = Validator(
@@ -148,7 +165,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             encoder=encoder,
             make_prompt=make_prompt,
             sigmas=sigmas,
-            latent_shape=_latent_shape(vae, settings.validation.val_video_length, size),
+            latent_shape=latent_shape(vae, settings.validation.val_video_length, size),
             guidance_scale=settings.rollout.rollout_guidance_scale,
             seed=run.seed,
             device=device,
@@ -173,20 +190,15 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         loader=loader,
         validator=validator,
         validation_batches=held_out,
-        teacher_probe=TeacherProbe(denoiser, encoder.encode([""], blank), latent_shape),
+        teacher_probe=TeacherProbe(denoiser, encoder.encode([""], blank), shape) if run.teacher_check else None,
         start_step=start_step,
         data_fingerprint=dataset.fingerprint,
         characters=tuple(sorted(dataset.counts)),
     )
 
 
-def _latent_shape(vae: AutoencoderKLHunyuanVideo15, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    space, time = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-    return vae.config.latent_channels, (frames - 1) // time + 1, size[0] // space, size[1] // space
-
-
-def _tokens(denoiser: Denoiser, latent_shape: tuple[int, int, int, int]) -> int:
-    config, (_, frames, height, width) = denoiser.transformer.config, latent_shape
+def _tokens(denoiser: Denoiser, shape: tuple[int, int, int, int]) -> int:
+    config, (_, frames, height, width) = denoiser.transformer.config, shape
     return frames // config["patch_size_t"] * (height // config["patch_size"]) * (width // config["patch_size"])
 
 

@@ -1,0 +1,169 @@
+"""`vflora rollouts`: the teacher's part of a training run, made ahead by any number of processes, kept on disk.
+
+The processes do not talk to each other. Which rollouts are whose follows from their numbers, a shard that is there is
+whole, and whoever starts makes what is missing of its share: so they may stop, fail and go on one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vflora.atomic import require_space
+from vflora.config import TORCH_DTYPES, Precision, require
+from vflora.data.schema import DataSet
+from vflora.distributed.world import claim_device
+from vflora.errors import UserError
+from vflora.settings import TrainSettings
+from vflora.stopping import stop_requests
+from vflora.trajectories.folder import Manifest, begin, read_manifest, shard_folder
+from vflora.trajectories.plan import gaps, shares
+from vflora.trajectories.recipe import SLOTS, fingerprint, recipe_of, require_same
+from vflora.trajectories.shards import ShardFile, clear_unfinished, find_shards
+from vflora.trajectories.teacher import Guide
+
+logger = logging.getLogger(__name__)
+
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How trajectories are kept; a folder that was begun goes on as it was."""
+
+    trajectory_dtype: Precision = "fp32"
+    """fp32 keeps every bit; bf16 takes half the disk and rounds what the student sees and learns."""
+    rollouts_per_shard: int = 64
+    """Rollouts in one tar file; a process that is killed loses at most so many."""
+    train_processes: int | None = None
+    """Data-parallel processes that the training will have; by default as many as roll out now."""
+
+    def __post_init__(self) -> None:
+        require(self.rollouts_per_shard >= 1, "--rollouts_per_shard must be at least 1.")
+        require(
+            self.train_processes is None or self.train_processes >= 1, "--train_processes must be at least 1 if given."
+        )
+
+
+@dataclass(frozen=True)
+class RolloutsSettings(TrainSettings):
+    """Every flag of `vflora train`, so that one line serves both, and how to keep the trajectories."""
+
+    storage: StorageConfig
+
+
+def run(settings: RolloutsSettings) -> Path:
+    """Makes this process's share of what is missing, and returns the folder.
+
+    Raises:
+        UserError: for bad input, or if the folder was begun otherwise.
+    """
+    folder = settings.run.trajectory_dir
+    if folder is None:
+        raise UserError("vflora rollouts needs --trajectory_dir: the folder that it shall fill.")
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    claim_device(settings.model.torch_device(), size)
+    dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
+    manifest = _manifest(settings, dataset, folder, rank, size)
+    if rank == 0:
+        clear_unfinished(shard_folder(folder), size)
+
+    wanted = range(manifest.plan.rollouts(settings.optimizer.max_train_steps))
+    missing = gaps(find_shards(shard_folder(folder)).values(), wanted)
+    mine = shares(missing, per_shard=manifest.per_shard, rank=rank, size=size)
+    if not mine:
+        logger.info("%s holds all of this process's rollouts already", folder)
+        return folder
+    everything = sum(map(len, shares([wanted], per_shard=manifest.per_shard, rank=rank, size=size)))
+    guide = Guide.load(_split_as(settings, manifest), dataset, manifest.plan, mine)
+    per_rollout = guide.bytes_per_rollout(TORCH_DTYPES[manifest.dtype])
+    require_space(
+        folder,
+        per_rollout * sum(map(len, missing)) + _SPARE_BYTES,
+        "make room, lower --max_train_steps, or use --trajectory_dtype bf16 in another --trajectory_dir.",
+    )
+    done = everything - sum(map(len, mine))
+    done = _write(guide, mine, folder, manifest, rank, progress={"total": everything, "initial": done})
+    if done < everything:
+        logger.warning("stopped after %d of %d rollouts; the same line goes on from there", done, everything)
+    return folder
+
+
+def _manifest(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: int, size: int) -> Manifest:
+    """Reads the manifest and compares it with the settings, or begins the folder."""
+    found, storage, batch_size = read_manifest(folder), settings.storage, settings.data.batch_size
+    processes = storage.train_processes or (found.processes if found else size)
+    recipe = recipe_of(settings, dataset, processes * batch_size)
+    wanted = Manifest(
+        recipe,
+        fingerprint(recipe),
+        processes,
+        settings.optimizer.gradient_accumulation_steps,
+        settings.rollout.trajectory_reuse,
+        storage.rollouts_per_shard,
+        storage.trajectory_dtype,
+    )
+    if found is None:
+        begin(folder, wanted, settings.yaml(), rank)
+        return wanted
+    require_same(found.recipe, recipe, folder, verb="go on")
+    for flag, was, now in (
+        ("trajectory_dtype", found.dtype, wanted.dtype),
+        ("rollouts_per_shard", found.per_shard, wanted.per_shard),
+    ):
+        require(was == now, f"{folder} was begun with --{flag} {was} and not {now}: go on with that.")
+    return found
+
+
+def _split_as(settings: RolloutsSettings, manifest: Manifest) -> TrainSettings:
+    """Cuts the global batch as the folder has it, and leaves out what only the student needs."""
+    return replace(
+        settings,
+        data=replace(settings.data, batch_size=manifest.recipe[SLOTS] // manifest.processes),
+        lora=replace(settings.lora, pretrained_lora_path=None),
+    )
+
+
+def _write(
+    guide: Guide, mine: list[range], folder: Path, manifest: Manifest, rank: int, *, progress: dict[str, Any]
+) -> int:
+    """Makes one shard after the other, and returns how many rollouts of this process's share are there then."""
+    dtype, rollouts = TORCH_DTYPES[manifest.dtype], guide.rollouts()
+    with (
+        stop_requests() as stop_requested,
+        tqdm(desc="rolling out", unit="rollout", disable=rank > 0, **progress) as bar,
+    ):
+        done = progress["initial"]
+        for part in mine:
+            shard = ShardFile(shard_folder(folder), part.start, rank)
+            try:
+                for _ in part:
+                    if stop_requested():
+                        break
+                    samples = next(rollouts).packed(dtype)
+                    _or_refuse(lambda shard=shard, samples=samples: shard.add(samples), folder)
+                    done += 1
+                    bar.update()
+                _or_refuse(shard.finish, folder)
+            finally:
+                shard.discard()
+            if stop_requested():
+                break
+        guide.close()
+    return done
+
+
+def _or_refuse(write: Callable[[], object], folder: Path) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise UserError(
+            f"no shard could be written to {folder}: {error}; the shards before are whole: make room and run the same "
+            "line again."
+        ) from error

@@ -144,12 +144,6 @@ def test_without_a_name_the_prompt_and_the_seed_name_the_file(folder, tmp_path, 
     assert run(settings(folder, seed=9)) == Path("outputs/a-cat-waves-seed9.mp4")
 
 
-def test_other_processes_of_a_launcher_do_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert run(settings(folder, output_path=tmp_path / "video.mp4")) is None
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("options", "fix"),
     [

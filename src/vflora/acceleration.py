@@ -7,9 +7,10 @@ import re
 
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
 
 from vflora.errors import UserError
-from vflora.sampling import Pipeline, prepare_for_sampling
+from vflora.sampling import Pipeline
 
 SUPPORTED_CACHE = "taylorcache"
 
@@ -57,13 +58,24 @@ def place(
     if vae_tiling:
         pipeline.vae.enable_tiling()
     if group_offloading:
-        pipeline.enable_group_offload(
-            onload_device=device, offload_type="leaf_level", use_stream=overlap and device.type == "cuda"
-        )
+        offload_layers(pipeline, device, overlap=overlap)
     elif offloading and device.type != "cpu":
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
+
+
+def offload_layers(model: Pipeline | HunyuanVideo15Transformer3DModel, device: torch.device, *, overlap: bool) -> None:
+    """Keeps a pipeline or a transformer in main memory and brings in one layer at a time, in place.
+
+    Args:
+        model: on the CPU.
+        device: where to compute.
+        overlap: on CUDA, copy the next layer while the present one computes.
+    """
+    model.enable_group_offload(
+        onload_device=device, offload_type="leaf_level", use_stream=overlap and device.type == "cuda"
+    )
 
 
 def cache_steps(
@@ -110,21 +122,22 @@ def cache_steps(
     )
 
 
-def use_sage_attention(pipeline: Pipeline, blocks: str) -> None:
+def use_sage_attention(transformer: HunyuanVideo15Transformer3DModel, blocks: str) -> None:
     """Computes the attention of some blocks with the SageAttention kernel.
+
+    The kernel takes no mask, so the transformer must have been made dense.
 
     Raises:
         UserError: where that package is not installed.
     """
     if importlib.util.find_spec("sageattention") is None:
         raise UserError("--use_sageattn needs a package: `pip install sageattention`, or leave the flag out.")
-    prepare_for_sampling(pipeline)  # the kernel takes no mask, so padding has to be dropped first
-    layers = pipeline.transformer.transformer_blocks
+    layers = transformer.transformer_blocks
     for block in parse_blocks(blocks, len(layers), "--sage_blocks_range"):
         layers[block].attn.processor._attention_backend = "sage"
 
 
-def compile_blocks(pipeline: Pipeline) -> None:
+def compile_blocks(transformer: HunyuanVideo15Transformer3DModel) -> None:
     """Compiles every block of the transformer; worth it from a few videos of one size on."""
-    for block in pipeline.transformer.transformer_blocks:
+    for block in transformer.transformer_blocks:
         block.compile()

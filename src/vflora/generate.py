@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 from vflora import acceleration
-from vflora.adapters import add_adapters, find_adapter
+from vflora.adapters import AdapterInfo, add_adapters, find_adapter
 from vflora.config import Precision, require, require_frames
 from vflora.devices import torch_device
+from vflora.distributed.lending import borrowed
+from vflora.distributed.world import World, joined
 from vflora.errors import UserError
 from vflora.inference import load_for_sampling, open_image, write_settings
-from vflora.sampling import Pipeline, default_steps, generate_video
+from vflora.sampling import Pipeline, default_steps, generate_video, prepare_for_sampling
+from vflora.shared_sampling import quicken, require_shareable, share, video_tokens, work_for_the_first
 from vflora.video_io import write_mp4
 
 log = logging.getLogger(__name__)
@@ -173,50 +176,54 @@ class GenerateConfig:
 
 
 def run(config: GenerateConfig) -> Path | None:
-    """Generates one video and writes it, with its settings beside it.
+    """Generates one video and writes it, with its settings beside it; the processes of torchrun share the work.
 
     Returns:
-        The mp4; None in the processes of a launcher other than the first, which have nothing to do.
+        The mp4; None in the processes of a launcher other than the first.
 
     Raises:
         UserError: if a file is missing, does not fit, or a setting does not go with the model.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    with joined(int(os.environ.get("WORLD_SIZE", "1")), torch_device(config.device)) as world:
+        require_shareable(config, world)
+        world.from_main(lambda: _look_for_files(config))
+        if world.is_main:
+            return _generate(config, world)
+        work_for_the_first(config, world)
         return None
+
+
+def _look_for_files(config: GenerateConfig) -> None:
+    """Checks paths, since a wrong one should show before minutes of loading."""
+    if config.image_path is not None:
+        open_image(config.image_path)
+    for adapter in config.adapter_paths:
+        find_adapter(adapter)
+
+
+def _generate(config: GenerateConfig, world: World) -> Path:
     started = time.perf_counter()
     image = None if config.image_path is None else open_image(config.image_path)
-    for adapter in config.adapter_paths:
-        find_adapter(adapter)  # a wrong path should show before minutes of loading
-    device = torch_device(config.device)
-    waits = device.type != "cpu" and (config.offloading or config.group_offloading)
-    pipeline = load_for_sampling(config.model_path, config.version, config.dtype, "cpu" if waits else device)
-    _check_resolution(pipeline, config.resolution)
-    adapters = add_adapters(
-        pipeline.transformer,
-        config.adapter_paths,
-        config.lora_scale,
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        targets=config.lora_target_modules,
-    )
-    steps = config.num_inference_steps or (8 if config.enable_step_distill else default_steps(pipeline))
-    _accelerate(pipeline, config, steps)
+    pipeline, adapters = world.everywhere(lambda: _load(config))
+    steps = _steps(config, pipeline)
     guidance = config.guidance_scale
     if guidance is None and (config.cfg_distilled or config.enable_step_distill):
         guidance = 1.0
     width, height = (int(side) for side in config.aspect_ratio.split(":"))
+    share(pipeline.transformer, lambda: video_tokens(pipeline, image, width / height, config.frames), world)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
-    video = generate_video(
-        pipeline,
-        image,
-        config.prompt,
-        seed=config.seed,
-        frames=config.frames,
-        steps=steps,
-        guidance_scale=guidance,
-        negative_prompt=config.negative_prompt,
-        aspect=width / height,
-    )
+    with borrowed(pipeline.transformer, world):
+        video = generate_video(
+            pipeline,
+            image,
+            config.prompt,
+            seed=config.seed,
+            frames=config.frames,
+            steps=steps,
+            guidance_scale=guidance,
+            negative_prompt=config.negative_prompt,
+            aspect=width / height,
+        )
     path = write_mp4(config.output_path or default_output(config), video, config.fps)
     if config.save_generation_config:
         facts = {
@@ -238,6 +245,28 @@ def default_output(config: GenerateConfig) -> Path:
     return Path("outputs") / f"{'-'.join(words) or 'video'}-seed{config.seed}.mp4"
 
 
+def _load(config: GenerateConfig) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
+    device = torch_device(config.device)
+    waits = device.type != "cpu" and (config.offloading or config.group_offloading)
+    pipeline = load_for_sampling(config.model_path, config.version, config.dtype, "cpu" if waits else device)
+    _check_resolution(pipeline, config.resolution)
+    adapters = add_adapters(
+        pipeline.transformer,
+        config.adapter_paths,
+        config.lora_scale,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        targets=config.lora_target_modules,
+    )
+    prepare_for_sampling(pipeline)
+    _accelerate(pipeline, config, _steps(config, pipeline))
+    return pipeline, adapters
+
+
+def _steps(config: GenerateConfig, pipeline: Pipeline) -> int:
+    return config.num_inference_steps or (8 if config.enable_step_distill else default_steps(pipeline))
+
+
 def _check_resolution(pipeline: Pipeline, resolution: str | None) -> None:
     trained = {size: name for name, size in _TARGET_SIZES.items()}.get(pipeline.target_size)
     if resolution is not None and trained is not None and resolution != trained:
@@ -245,8 +274,6 @@ def _check_resolution(pipeline: Pipeline, resolution: str | None) -> None:
 
 
 def _accelerate(pipeline: Pipeline, config: GenerateConfig, steps: int) -> None:
-    if config.use_sageattn:
-        acceleration.use_sage_attention(pipeline, config.sage_blocks_range)
     if config.enable_cache:
         acceleration.cache_steps(
             pipeline,
@@ -258,8 +285,7 @@ def _accelerate(pipeline: Pipeline, config: GenerateConfig, steps: int) -> None:
             interval=config.cache_step_interval,
             steps=steps,
         )
-    if config.enable_torch_compile:
-        acceleration.compile_blocks(pipeline)
+    quicken(pipeline.transformer, config)
     acceleration.place(
         pipeline,
         torch_device(config.device),

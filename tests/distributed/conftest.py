@@ -95,6 +95,7 @@ class Processes:
             found = [self._answers.get(timeout=timeout) for _ in range(expected)]
             for child in self.children:
                 child.join(timeout)
+                assert not child.is_alive(), "a process still waits"
         finally:
             for child in self.children:
                 child.kill()

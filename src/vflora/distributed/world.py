@@ -188,6 +188,10 @@ def joined(sp_size: int, device: torch.device) -> Iterator[World]:
     world = start(sp_size, device)
     try:
         yield world
+    except UserError:
+        if world.watch is not None:
+            world.watch.stop()  # the others end for the same reason, and nobody should miss them
+        raise
     except RuntimeError as error:
         gone = world.watch.gone() if world.watch else []
         if gone:

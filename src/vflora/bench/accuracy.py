@@ -58,6 +58,7 @@ VARIANTS = (
     Variant("fp8 rollouts", SpeedConfig(rollout_precision="fp8"), {}),
     Variant("every second rollout point", SpeedConfig(rollout_stride=2), {}),
     Variant("every third rollout point", SpeedConfig(rollout_stride=3), {}),
+    Variant("LoRA in bf16 (rounding)", SpeedConfig(lora_precision="bf16"), {}),
     Variant("int8 weights", SpeedConfig(weight_storage="int8"), {}),
     Variant("fp8 weights", SpeedConfig(weight_storage="fp8"), {}),
     Variant("half-size decode (area)", SpeedConfig(), {"id_decode_downsample_mode": "area"}),

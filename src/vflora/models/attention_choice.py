@@ -12,6 +12,8 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15TransformerBlock,
 )
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from vflora.errors import UserError
 from vflora.random_streams import keyed_generator
@@ -24,8 +26,39 @@ _BACKENDS = {
     "flash": AttentionBackendName._NATIVE_FLASH,
     "cudnn": AttentionBackendName._NATIVE_CUDNN,
 }
+_MASKLESS = (AttentionBackendName._NATIVE_FLASH, AttentionBackendName._NATIVE_CUDNN)
 _TOKENS = 1031  # no multiple of any tile
 _LIMIT = 0.05
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> Tensor:
+    """Attends as the transformer's blocks do.
+
+    diffusers calls the kernel, with two exceptions. It would copy queries, keys and values for cuDNN, which reads them
+    as they lie. And the fast kernels take no mask: a batch of texts of unequal length goes to one that does.
+
+    Args:
+        query: [B, N, heads, head_dim], as key and value.
+        key: of all tokens.
+        value: of all tokens.
+        mask: which keys are valid, bool [B, N]; None for all.
+        backend: of diffusers, or None for its default.
+        parallel_config: of diffusers, where processes share a sample.
+    """
+    if parallel_config is None and mask is None and backend == AttentionBackendName._NATIVE_CUDNN:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return out.transpose(1, 2)
+    if mask is not None and backend in _MASKLESS:
+        backend = None
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel_config)
 
 
 def choose_attention(
@@ -93,7 +126,7 @@ def attention_errors(
     drawn = [torch.randn(1, tokens, heads, head_dim, generator=generator).to(device, dtype) for _ in range(4)]
     inputs = [tensor.requires_grad_() for tensor in drawn[:3]]
     with torch.enable_grad():
-        out = dispatch_attention_fn(*inputs, backend=_BACKENDS[kernel])
+        out = attend(*inputs, backend=_BACKENDS[kernel])
         values = [out, *torch.autograd.grad(out, inputs, drawn[3])]
         wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
         plain = _plain_attention(*wide)

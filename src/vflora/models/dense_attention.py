@@ -12,11 +12,12 @@ from types import MethodType
 
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 from torch.nn.functional import pad
+
+from vflora.models.attention_choice import attend
 
 
 class DenseAttention:
@@ -51,14 +52,7 @@ class DenseAttention:
         value = torch.cat([value, text_value], dim=1)
         if attention_mask is not None:
             attention_mask = pad(attention_mask, (video_tokens, 0), value=True)
-        joint = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        joint = attend(query, key, value, attention_mask, self._attention_backend, self._parallel_config)
         joint = joint.flatten(2, 3).to(query.dtype)
         video, text = joint[:, :video_tokens], joint[:, video_tokens:]
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text)

@@ -22,6 +22,7 @@ from vflora.models.compiling import allow_recompiles
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import FastTeacher, Teacher
 from vflora.models.graphed_teacher import GraphedTeacher
+from vflora.models.lean_lora import lean_lora
 from vflora.models.light_decoder import lighten_decoder
 from vflora.models.offload import BlockOffload
 from vflora.models.precision import Fp8Switch, check_fp8, quantize_blocks
@@ -50,6 +51,8 @@ class SpeedConfig:
     """fp8: the widest layers multiply in float8 between harvested points; approximates states, not targets."""
     rollout_stride: int = 1
     """Compute only every so many points between harvested ones and extrapolate the rest; above 1 approximates."""
+    lora_precision: Literal["full", "bf16"] = "full"
+    """bf16: the student's LoRA multiplies in the precision of the frozen layers; approximates by rounding."""
     weight_storage: Literal["full", "int8", "fp8"] = "full"
     """Keep the frozen weights of the blocks in 8 bits, half the memory; approximates the base model."""
     block_offload: bool = False
@@ -105,6 +108,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "compile": True,
         "attention_backend": "cudnn",
+        "lora_precision": "bf16",
         "keep_student_graph": True,
         "rollout_graphs": True,
         "rollout_precision": "fp8",
@@ -160,6 +164,7 @@ def accelerate(
             fp8_rollouts=config.rollout_precision == "fp8",
             device=None if config.block_offload else device,
         )
+    lean_lora(transformer, narrow=config.lora_precision == "bf16")
     if config.block_offload:
         BlockOffload(transformer, device)
         _place_the_rest(transformer, device)

@@ -74,7 +74,7 @@ def training_step(
     if inputs.identity_weight > 0:
         with clock.part("identity"):
             with torch.set_grad_enabled(keep_graph):
-                velocity = student.velocity(deepest.latents, deepest.sigma, inputs.conditions)
+                velocity = _velocity(student, deepest, inputs.conditions)
             kept = velocity if keep_graph else None
             estimate = clean_estimate(deepest.latents, deepest.sigma, velocity.detach())
             judged = identity.gradient(estimate, inputs.anchors, *inputs.key, clock=clock)
@@ -86,7 +86,7 @@ def training_step(
         with clock.part("distillation"):
             velocity, kept = kept, None
             if velocity is None:
-                velocity = student.velocity(point.latents, point.sigma, inputs.conditions)
+                velocity = _velocity(student, point, inputs.conditions)
             error = distillation_loss(velocity, point.teacher_velocity)
             loss = inputs.distill_weight * error / len(inputs.points)
             if judged is not None and point is deepest:
@@ -96,6 +96,10 @@ def training_step(
         _require_finite(is_finite, error.item(), f"the distillation loss at sigma {point.sigma:.3f}")
         errors[point.sigma] = error.item()
     return _report(inputs, [errors[point.sigma] for point in inputs.points], judged, clock)
+
+
+def _velocity(student: Denoiser, point: Point, conditions: Conditions) -> Tensor:
+    return student.velocity(point.latents, point.sigma, conditions, next_sigma=point.next_sigma)
 
 
 def _require_finite(is_finite: Callable[[float], bool], value: float, part: str) -> None:

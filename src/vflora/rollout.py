@@ -126,7 +126,7 @@ def on_policy_point(student: Denoiser, conditions: Conditions, sigmas: Tensor, s
         latents = euler_step(latents, velocity, levels[index], levels[index + 1])
     with student.teacher():
         velocity = student.velocity(latents, levels[deep], conditions, next_sigma=levels[deep + 1])
-    return Point(deep, levels[deep], latents, velocity)
+    return Point(deep, levels[deep], latents, velocity, levels[deep + 1])
 
 
 def harvest_indices(config: RolloutConfig, deep: int, seed: int, step: int) -> list[int]:

@@ -139,7 +139,13 @@ class Trajectory:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"the rollout has points 0 to {len(self) - 1}, not {index}")
-        return Point(index, float(self.sigmas[index]), self.latents[index], self.velocities[index])
+        return Point(
+            index,
+            float(self.sigmas[index]),
+            self.latents[index],
+            self.velocities[index],
+            float(self.sigmas[index + 1]),
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,13 @@ class HarvestedTrajectory:
         if index not in self.indices:
             raise IndexError(f"the points {self.indices} were kept, not {index}")
         place = self.indices.index(index)
-        return Point(index, float(self.sigmas[index]), self.latents[place], self.velocities[place])
+        return Point(
+            index,
+            float(self.sigmas[index]),
+            self.latents[place],
+            self.velocities[place],
+            float(self.sigmas[index + 1]),
+        )
 
 
 @dataclass(frozen=True)
@@ -179,12 +191,15 @@ class Point:
         sigma: noise level in [0, 1].
         latents: x_t [B, C, T, H, W], fp32.
         teacher_velocity: same shape, fp32.
+        next_sigma: noise level after this step, which step-distilled transformers are told: their velocity is the
+            mean over the step, so student and teacher must mean the same step.
     """
 
     index: int
     sigma: float
     latents: Tensor
     teacher_velocity: Tensor
+    next_sigma: float = 0.0
 
 
 @dataclass(frozen=True)

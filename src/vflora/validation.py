@@ -131,7 +131,7 @@ class Validator:
         indices = torch.linspace(0, len(teacher) - 1, _DEVIATION_POINTS).round().long().unique().tolist()
         errors = []
         for point in map(teacher.point, indices):
-            velocity = self._denoiser.velocity(point.latents, point.sigma, conditions)
+            velocity = self._denoiser.velocity(point.latents, point.sigma, conditions, next_sigma=point.next_sigma)
             errors.append(teacher_deviation(velocity, point.teacher_velocity))
         return fmean(errors)
 

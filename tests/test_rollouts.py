@@ -1,26 +1,32 @@
-import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 
 import pytest
-import webdataset
+import torch
 from safetensors.torch import load
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
-import vflora.train
+from vflora.atomic import publish
 from vflora.cli import main, parse
+from vflora.errors import UserError
 from vflora.models.denoiser import Denoiser
 from vflora.rollouts import run as roll_out
+from vflora.teacher_source import Rollouts
 from vflora.train import run as train
+
+SHORT = ("--train_video_length", "5", "--learning_rate", "3e-2", "--harvest_count", "1")
+VALUES = 4 * 2 * 4 * 4
+"""Of one sample's latents: channels, latent frames, height, width."""
 
 
 @pytest.fixture
-def flags(train_flags, tmp_path):
-    """The shortest clip, four steps, two rollouts in a shard."""
-    return [*train_flags, "--train_video_length", "5", "--learning_rate", "3e-2", "--harvest_count", "1"]
+def flags(train_flags):
+    """Four steps of the shortest clip."""
+    return [*train_flags, *SHORT]
 
 
 @pytest.fixture
@@ -28,9 +34,8 @@ def folder(tmp_path):
     return tmp_path / "trajectories"
 
 
-def rolled_out(flags, folder, *extra):
-    settings = [*flags, "--trajectory_dir", str(folder), "--rollouts_per_shard", "2", *extra]
-    return roll_out(parse("rollouts", settings))
+def storing(flags, folder, *extra):
+    return parse("rollouts", [*flags, "--trajectory_dir", str(folder), "--rollouts_per_shard", "2", *extra])
 
 
 def trained(flags, output_dir, *extra):
@@ -43,8 +48,28 @@ def losses(output_dir):
     return {r["step"]: [float(r[k]).hex() for k in ("loss/distill", "loss/identity", "gradient_norm")] for r in rows}
 
 
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted((folder / "shards").iterdir())}
+def samples(folder):
+    """Everything in the finished shards, as webdataset groups it."""
+    found = {}
+    for shard in sorted((folder / "shards").glob("*.tar")):
+        with open(shard, "rb") as stream:
+            for row in group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}])):
+                assert row["__key__"] not in found
+                found[row["__key__"]] = (row["json"], row["safetensors"])
+    return found
+
+
+def shard_names(folder):
+    return sorted(path.name for path in (folder / "shards").iterdir())
+
+
+@pytest.fixture(scope="module")
+def shared(make_train_flags, tmp_path_factory):
+    """Trajectories of four steps, with their flags; only to be read."""
+    folder = tmp_path_factory.mktemp("shared")
+    flags = [*make_train_flags(folder / "run"), *SHORT]
+    roll_out(storing(flags, folder / "trajectories"))
+    return flags, folder / "trajectories"
 
 
 def refuse(*_args, **_kwargs):
@@ -55,7 +80,6 @@ def refuse(*_args, **_kwargs):
     "extra",
     [
         [],
-        ["--trajectory_reuse", "3", "--gradient_accumulation_steps", "2", "--max_train_steps", "5"],
         ["--batch_size", "2", "--enable_augmentation", "--p_secondary", "0.5", "--num_workers", "2"],
         ["--rollout_guidance_scale", "2", "--rollout_stride", "2", "--max_train_steps", "2"],
     ],
@@ -64,9 +88,244 @@ def test_training_from_disk_equals_the_run_that_rolled_out_itself_without_teache
     flags, folder, tmp_path, monkeypatch, extra
 ):
     trained([*flags, *extra], tmp_path / "own")
-    rolled_out([*flags, *extra], folder)
+    roll_out(storing([*flags, *extra], folder))
     monkeypatch.setattr(Denoiser, "teacher", refuse)
     monkeypatch.setattr("vflora.models.conditions.load_encoders", refuse)
     trained([*flags, *extra], tmp_path / "disk", "--trajectory_dir", str(folder))
     assert losses(tmp_path / "disk") == losses(tmp_path / "own")
     assert any(float.fromhex(row[0]) > 0 for row in losses(tmp_path / "disk").values())
+
+
+def test_killed_and_resumed_from_disk_with_reuse_and_accumulation_equals_the_run_that_rolled_out_itself(
+    flags, folder, tmp_path
+):
+    flags = [*flags, "--trajectory_reuse", "3", "--gradient_accumulation_steps", "2"]
+    flags += ["--save_every_steps", "2"]
+    trained(flags, tmp_path / "own")
+    roll_out(storing(flags, folder))
+    script = (
+        "import os, signal, sys, vflora.train as train\n"
+        "from vflora.cli import parse\n"
+        "learn = train.learn\n"
+        "def killed(training, lesson, step, *rest):\n"
+        "    if step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return learn(training, lesson, step, *rest)\n"
+        "train.learn = killed\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "train.run(parse('train', sys.argv[1:]))\n"
+    )
+    disk = [*flags, "--output_dir", str(tmp_path / "disk"), "--trajectory_dir", str(folder)]
+    result = subprocess.run([sys.executable, "-c", script, *disk], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+    train(parse("train", [*disk, "--resume_from_checkpoint", "latest"]))
+    assert losses(tmp_path / "disk") == losses(tmp_path / "own")
+
+
+def test_a_run_may_go_over_from_its_own_rollouts_to_the_disk(flags, shared, tmp_path):
+    _, folder = shared
+    trained(flags, tmp_path / "own", "--save_every_steps", "2")
+    shutil.copytree(tmp_path / "own", tmp_path / "both")
+    shutil.rmtree(tmp_path / "both" / "checkpoint-4")
+    trained(flags, tmp_path / "both", "--trajectory_dir", str(folder), "--resume_from_checkpoint", "latest")
+    assert losses(tmp_path / "both") == losses(tmp_path / "own")
+
+
+def test_any_number_of_processes_makes_the_same_shards_without_waiting_for_each_other(
+    flags, shared, folder, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = samples(shared[1])
+    for rank, names in (("1", ["rollouts-00000002-00000003.tar"]), ("0", shard_names(shared[1]))):
+        monkeypatch.setenv("RANK", rank)
+        roll_out(storing(flags, folder, "--train_processes", "1"))
+        assert shard_names(folder) == names
+    assert samples(folder) == alone
+
+
+def test_samples_are_what_the_steps_look_at_and_no_more(shared):
+    _, folder = shared
+    found = samples(folder)
+    assert sorted(found) == [f"{number:010d}-0000" for number in range(4)]
+    for note, content in found.values():
+        points = json.loads(note)["points"]
+        tensors = load(content)
+        assert sorted(tensors) == ["latents", "velocities"]
+        assert all(t.shape == (2, 4, 2, 4, 4) and t.dtype == torch.float32 for t in tensors.values())
+        assert len(points) == 2, "one harvested point and the deepest"
+        assert 2 * 2 * VALUES * 4 <= len(content) < 2 * 2 * VALUES * 4 + 300
+
+
+def test_bf16_takes_half_the_bytes_and_only_rounds(shared, flags, folder, tmp_path):
+    roll_out(storing(flags, folder, "--trajectory_dtype", "bf16", "--max_train_steps", "1"))
+    ((_, rounded),) = samples(folder).values()
+    exact = load(next(iter(samples(shared[1]).values()))[1])
+    assert len(rounded) < 2 * 2 * VALUES * 2 + 300
+    for name, value in load(rounded).items():
+        assert torch.equal(value, exact[name].bfloat16())
+    trained(flags, tmp_path / "disk", "--trajectory_dir", str(folder), "--max_train_steps", "1")
+    assert 0 < float.fromhex(losses(tmp_path / "disk")[1][0]) < 1e-3, "the student starts as the teacher, but rounded"
+
+
+def test_a_stop_keeps_what_is_done_and_the_same_line_goes_on(shared, flags, folder, monkeypatch, caplog):
+    made, plain = [], Rollouts.trajectory
+
+    def stopping(self, prepared, step):
+        made.append(prepared.number)
+        if len(made) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, prepared, step)
+
+    monkeypatch.setattr(Rollouts, "trajectory", stopping)
+    roll_out(storing(flags, folder, "--rollouts_per_shard", "4"))
+    assert "stopped after 3 of 4 rollouts" in caplog.text
+    assert shard_names(folder) == ["rollouts-00000000-00000002.tar"]
+    roll_out(storing(flags, folder, "--rollouts_per_shard", "4"))
+    assert made == [0, 1, 2, 3]
+    assert samples(folder) == samples(shared[1])
+
+
+def test_a_kill_loses_only_the_shard_in_hand(shared, flags, folder):
+    script = (
+        "import os, signal, sys\n"
+        "from vflora.teacher_source import Rollouts\n"
+        "from vflora.rollouts import run\n"
+        "from vflora.cli import parse\n"
+        "plain = Rollouts.trajectory\n"
+        "def killed(self, prepared, step):\n"
+        "    if prepared.number == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return plain(self, prepared, step)\n"
+        "Rollouts.trajectory = killed\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "run(parse('rollouts', sys.argv[1:]))\n"
+    )
+    line = [*flags, "--trajectory_dir", str(folder), "--rollouts_per_shard", "2"]
+    result = subprocess.run([sys.executable, "-c", script, *line], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+    assert shard_names(folder) == [".unfinished-0.tmp", "rollouts-00000000-00000001.tar"]
+    roll_out(storing(flags, folder))
+    assert shard_names(folder) == shard_names(shared[1])
+    assert samples(folder) == samples(shared[1])
+
+
+def test_a_full_disk_stops_with_a_sentence_and_whole_shards(shared, flags, folder, monkeypatch):
+    def full(unfinished, target):
+        if target.name.endswith("00000003.tar"):
+            raise OSError(28, "No space left on device")
+        publish(unfinished, target)
+
+    monkeypatch.setattr("vflora.trajectories.shards.publish", full)
+    with pytest.raises(UserError, match="No space left.*make room and run the same line again"):
+        roll_out(storing(flags, folder))
+    assert shard_names(folder) == shard_names(shared[1])[:1]
+
+
+def test_running_past_the_end_is_refused_with_the_command_that_extends_it(flags, folder, tmp_path, capsys):
+    roll_out(storing(flags, folder, "--max_train_steps", "1"))
+    longer = [*flags, "--max_train_steps", "3", "--trajectory_dir", str(folder)]
+    assert main(["train", *longer]) == 2
+    message = capsys.readouterr().err
+    assert "holds the first 1 of the 3 steps" in message
+    command = message.split("`")[1].split()
+    assert command[:2] == ["vflora", "rollouts"]
+    assert main(command[1:]) == 0
+    assert main(["train", *longer]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (["--seed", "1"], "--seed was 42 and is 1"),
+        (["--harvest_count", "2"], "--harvest_count was 1 and is 2"),
+        (["--id_timestep_frac_low", "0.5"], "--id_timestep_frac_low was 0.6 and is 0.5"),
+        (["--rollout_guidance_scale", "2"], "--rollout_guidance_scale was 1.0 and is 2.0"),
+        (["--train_video_length", "9"], "--train_video_length was 5 and is 9"),
+        (["--batch_size", "2"], "processes x --batch_size was 1 and is 2"),
+        (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps was 1 and is 2"),
+        (["--wds_shuffle_buf", "4"], "--wds_shuffle_buf was 128 and is 4"),
+        (["--dtype", "bf16"], "--dtype was fp32 and is bf16"),
+        (["--trajectory_dir", "/nowhere/at/all"], "holds no trajectories"),
+    ],
+)
+def test_another_recipe_is_refused_with_what_differs(shared, capsys, change, sentence):
+    flags, folder = shared
+    assert main(["train", *flags, "--trajectory_dir", str(folder), *change]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.count("was") <= 2, "only what differs is named"
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("what", ["wds_root", "pipeline_dir", "prompt_bank"])
+def test_another_data_set_model_or_prompt_bank_is_refused(shared, small_data, small_models, tmp_path, capsys, what):
+    flags, folder = shared
+    other = tmp_path / "other"
+    if what == "prompt_bank":
+        other.write_text("template: '{character} waves.'\n")
+    elif what == "wds_root":
+        shutil.copytree(small_data, other)
+        manifest = other / "manifest" / "train_manifest.csv"
+        manifest.write_text(manifest.read_text().replace("fox", "dog").replace("dog", "fox", 1) + "\n")
+    else:
+        shutil.copytree(small_models / "pipeline", other)
+        (weights,) = (other / "transformer").glob("*.safetensors")
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    assert main(["train", *flags, "--trajectory_dir", str(folder), f"--{what}", str(other)]) == 2
+    assert f"--{what}" in capsys.readouterr().err
+
+
+def test_what_the_student_learns_with_may_differ(shared, tmp_path):
+    flags, folder = shared
+    other = [
+        "--lora_r",
+        "2",
+        "--lambda_id",
+        "0.1",
+        "--learning_rate",
+        "1e-3",
+        "--p_secondary",
+        "0",
+        "--id_margin",
+        "0.1",
+    ]
+    trained([*flags, *other], tmp_path / "disk", "--trajectory_dir", str(folder), "--max_train_steps", "2")
+    assert losses(tmp_path / "disk")[1][0] == float(0).hex()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:2000] + bytes([content[2000] ^ 1]) + content[2001:],
+        lambda content: content[:-600],
+        lambda content: content.replace(b'"points"', b'"paints"'),
+    ],
+    ids=["a flipped bit", "cut off", "a damaged note"],
+)
+def test_damage_is_found_and_told(shared, tmp_path, capsys, damage):
+    flags, folder = shared[0], tmp_path / "copy"
+    shutil.copytree(shared[1], folder)
+    shard = folder / "shards" / shard_names(folder)[0]
+    shard.write_bytes(damage(shard.read_bytes()))
+    assert main(["train", *flags, "--trajectory_dir", str(folder)]) == 2
+    assert f"{shard} is damaged" in capsys.readouterr().err
+
+
+def test_a_builder_that_draws_for_itself_is_asked_once(flags, folder, tmp_path):
+    builder = tmp_path / "builder.py"
+    builder.write_text("import random\ndef build_prompt(character): return f'{character} {random.random()}'\n")
+    flags = [*flags, "--prompt_builder", str(builder), "--max_train_steps", "2"]
+    roll_out(storing(flags, folder))
+    trained(flags, tmp_path / "disk", "--trajectory_dir", str(folder))
+    assert losses(tmp_path / "disk")[1][0] == float(0).hex(), "the student heard what the teacher heard"
+
+
+def test_a_folder_goes_on_as_it_was_begun(shared, capsys):
+    flags, folder = shared
+    line = ["rollouts", *flags, "--trajectory_dir", str(folder), "--rollouts_per_shard", "2"]
+    assert main([*line, "--trajectory_dtype", "bf16"]) == 2
+    assert "begun with --trajectory_dtype fp32" in capsys.readouterr().err
+    assert main([*line, "--seed", "7"]) == 2
+    assert "--seed was 42 and is 7; go on with the same" in capsys.readouterr().err
+    assert main(["rollouts", *flags]) == 2
+    assert "needs --trajectory_dir" in capsys.readouterr().err

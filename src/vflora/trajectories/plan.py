@@ -49,11 +49,12 @@ class Plan:
 def gaps(found: Iterable[range], wanted: range) -> list[range]:
     """Returns the parts of `wanted` that no range of `found` covers, in order."""
     missing, place = [], wanted.start
-    for part in sorted(found, key=lambda part: part.start):
-        if place < part.start < wanted.stop:
-            missing.append(range(place, part.start))
+    for part in [*sorted(found, key=lambda part: part.start), range(wanted.stop, wanted.stop)]:
+        end = min(part.start, wanted.stop)
+        if place < end:
+            missing.append(range(place, end))
         place = max(place, part.stop)
-    return missing + ([range(place, wanted.stop)] if place < wanted.stop else [])
+    return missing
 
 
 def shares(missing: Iterable[range], *, per_shard: int, rank: int, size: int) -> list[range]:

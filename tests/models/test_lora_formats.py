@@ -3,10 +3,15 @@ import json
 
 import pytest
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vflora.errors import UserError
 from vflora.models.lora_formats import (
@@ -133,6 +138,59 @@ def test_a_file_of_the_reference_takes_alpha_from_its_header(tmp_path):
     modulation = weights.modules["norm_out.linear"]
     assert modulation.scale == 2.0
     assert torch.equal(modulation.up, torch.cat([up[32:], up[:32]]))
+
+
+class _OriginalTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Layers under the names of the original code, in a diffusers model: what the reference exports adapters of."""
+
+    @register_to_config
+    def __init__(self, width: int = 32):
+        super().__init__()
+        layers = {
+            name: nn.Linear(width, width)
+            for name in (
+                *(f"{stream}_attn_{part}" for stream in ("img", "txt") for part in ("q", "k", "v", "proj")),
+                "img_mlp_fc1",  # not a target
+            )
+        }
+        layers |= {f"{stream}_mod": nn.ModuleDict({"linear": nn.Linear(width, 6 * width)}) for stream in ("img", "txt")}
+
+        def modulation():
+            return nn.ModuleDict({"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
+
+        self.double_blocks = nn.ModuleList([nn.ModuleDict(layers)])
+        self.final_layer = modulation()
+        refiner = nn.ModuleDict({"blocks": nn.ModuleList([modulation()])})
+        self.txt_in = nn.ModuleDict({"individual_token_refiner": refiner})
+
+
+def test_the_references_exported_adapter_is_read(tmp_path):
+    """Written by the call that its export makes, with its default targets."""
+    transformer = _OriginalTransformer()
+    targets = [f"{stream}_attn_{part}" for stream in ("img", "txt") for part in ("q", "k", "v", "proj")]
+    targets += ["linear1_q", "linear2.fc", "img_mod.linear", "txt_mod.linear", "modulation.linear"]
+    targets += ["adaLN_modulation.1"]
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, bias="none", task_type="FEATURE_EXTRACTION")
+    transformer.add_adapter(config, adapter_name="default")
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    transformer.save_lora_adapter(save_directory=tmp_path, adapter_name="default", safe_serialization=True)
+    expected = {
+        name: layer.get_delta_weight("default").double()
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    assert len(expected) == 12
+    weights = read_lora(tmp_path)
+    assert weights.alpha == 16.0
+    tensors, _ = to_state_dict(weights, "original")
+    for name, delta in expected.items():
+        down, up = (tensors[f"{name}.lora_{side}.weight"].double() for side in "AB")
+        torch.testing.assert_close(up @ down, delta, rtol=1e-5, atol=1e-6)
+    shift, scale = expected["final_layer.adaLN_modulation.1"].chunk(2)
+    found = weights.modules["norm_out.linear"].delta()
+    torch.testing.assert_close(found, torch.cat([scale, shift]), rtol=1e-5, atol=1e-6)
 
 
 def test_a_peft_folder_with_its_own_settings_file_is_read(tmp_path):

@@ -98,6 +98,37 @@ def test_foreign_pt_is_read_whatever_it_is_nested_in(tmp_path, wrap, prefix):
     _assert_same(tmp_path / "head.pt", net)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("layernorm", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dims", [(8, 4), (8, 8, 4), (4,)])
+def test_the_references_checkpoint_is_read_safely_with_every_setting(tmp_path, activation, layernorm, dropout, dims):
+    """A head called `net` under head_state_dict, the optimizer's state, and the flags as a plain dictionary."""
+    torch.manual_seed(0)
+    layers, width = [], 6
+    for place, out in enumerate(dims):
+        layers.append(nn.Linear(width, out))
+        width = out
+        if place < len(dims) - 1:
+            layers += [nn.LayerNorm(out)] if layernorm else []
+            layers += [nn.GELU() if activation == "gelu" else nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+    head = nn.Module()
+    head.net = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(head.parameters())
+    head.net(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    flags = {"activation": activation, "use_layernorm": layernorm, "dropout": dropout, "proj_dims": list(dims)}
+    content = {
+        "step": 4000,
+        "head_state_dict": head.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "config": {"model_dir": "/models/dinov3", "learning_rate": 5e-4, "val_crop": False} | flags,
+    }
+    torch.save(content, tmp_path / "projection_head_step4000.pt")
+    _assert_same(tmp_path / "projection_head_step4000.pt", head.net.eval())
+
+
 def test_gaps_in_the_numbers_tell_where_the_activation_sits(tmp_path):
     net = _foreign_net(norm_after_activation=True)
     torch.save(net.state_dict(), tmp_path / "head.pt")

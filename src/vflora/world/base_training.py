@@ -19,6 +19,7 @@ from vflora.errors import UserError
 from vflora.flow import add_noise, velocity_target
 from vflora.models.denoiser import Denoiser
 from vflora.random_streams import keyed_seed
+from vflora.types import Conditions
 from vflora.world.latent_pool import LatentPool
 from vflora.world.models import WorldSizes, build_pipeline, build_transformer
 from vflora.world.training_loop import Clock, LoopSettings, StageRun
@@ -50,6 +51,24 @@ def draw_sigmas(count: int, shift: float, generator: Generator) -> Tensor:
     offsets = torch.rand(count, generator=generator, device=device)
     uniform = (torch.randperm(count, generator=generator, device=device) + offsets) / count
     return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+def flow_errors(denoiser: Denoiser, clean: Tensor, conditions: Conditions, sigma: Tensor, noise: Tensor) -> Tensor:
+    """The flow-matching loss of each clip: mean squared error of the velocity at one noise level.
+
+    Args:
+        denoiser: the model.
+        clean: latents [B, C, T, H, W].
+        conditions: of the same clips.
+        sigma: noise levels [B].
+        noise: as `clean`.
+
+    Returns:
+        [B].
+    """
+    noisy = add_noise(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+    velocity = denoiser.velocity(noisy, sigma, conditions)
+    return (velocity - velocity_target(clean, noise)).square().mean(dim=(1, 2, 3, 4))
 
 
 def train_base(
@@ -124,10 +143,8 @@ class _Objective:
         clean, conditions = self._pool.draw(self._settings.batch_size, blank=blank)
         sigma = draw_sigmas(len(clean), self._shift, self._generator)
         noise = torch.randn(clean.shape, generator=self._generator, device=clean.device)
-        noisy = add_noise(clean, noise, sigma.view(-1, 1, 1, 1, 1))
         with torch.autocast(clean.device.type, torch.bfloat16, enabled=clean.is_cuda):
-            velocity = self._denoiser.velocity(noisy, sigma, conditions)
-        error = (velocity - velocity_target(clean, noise)).square().mean(dim=(1, 2, 3, 4))
+            error = flow_errors(self._denoiser, clean, conditions, sigma, noise)
         high = sigma > 0.8
         numbers: dict[str, Tensor | float] = {
             "loss_high_noise": (error.detach() * high).sum() / high.sum(),

@@ -12,9 +12,10 @@ from transformers import SiglipVisionModel
 
 from vflora.random_streams import keyed_generator, keyed_seed
 from vflora.types import Conditions
+from vflora.world.characters import Domain, character_name
 from vflora.world.renderer import render
+from vflora.world.scenes import Scenes, sample_scenes
 from vflora.world.scenes import prompts as prompts_of
-from vflora.world.scenes import sample_scenes
 
 _PROMPT_TOKENS = 64
 _CHUNK = 256
@@ -88,8 +89,12 @@ def as_stored(video: Tensor) -> Tensor:
     return ((video.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
+def _captions(scenes: Scenes) -> list[str]:
+    return [f"a {character_name(character, domain=scenes.domain)}." for character in scenes.character.tolist()]
+
+
 class LatentPool:
-    """Clips of geometric characters, drawn in batches whose prompts are of one length."""
+    """Clips of the train split, drawn in batches whose prompts are of one length."""
 
     def __init__(
         self,
@@ -100,22 +105,29 @@ class LatentPool:
         size: int,
         device: torch.device,
         seed: int,
+        domain: Domain = "geometric",
+        still: bool = False,
     ) -> None:
-        """Renders and encodes `count` clips with the pipeline's VAE and encoders, which move to `device`."""
+        """Renders and encodes `count` clips with the pipeline's VAE and encoders, which move to `device`.
+
+        With `still` every clip is its first frame, repeated, and its caption names the character and no motion.
+        """
         vae, image_encoder = pipeline.vae.to(device), pipeline.image_encoder.to(device)
         latents, vision, texts = [], [], []
         for chunk in trange(-(-count // _CHUNK), desc="rendering and encoding clips", delay=2):
             scenes = sample_scenes(
                 min(_CHUNK, count - chunk * _CHUNK),
-                domain="geometric",
+                domain=domain,
                 split="train",
                 generator=keyed_generator(seed, "base clips", chunk),
                 frames=frames,
             )
             video = as_stored(render(scenes, size=size, device=device).video)
+            if still:
+                video = video[:, :, :1].expand_as(video)
             latents.append(encode_clips(vae, video).bfloat16())
             vision.append(encode_vision(image_encoder, video[:, :, 0]).bfloat16())
-            texts += prompts_of(scenes)
+            texts += _captions(scenes) if still else prompts_of(scenes)
         self._latents, self._vision = torch.cat(latents), torch.cat(vision)
         self.bank = PromptBank(pipeline, texts, device)
         self._prompts = torch.tensor([self.bank.index[text] for text in texts])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,6 +41,17 @@ class Lineup:
         if not bool(match.any(1).all()):
             raise ValueError("a character to be graded is not in the line-up: make the line-up of all splits")
         return match.int().argmax(1)
+
+    def save(self, path: Path) -> None:
+        """Writes the line-up as safetensors."""
+        save_file({"characters": self.characters, "vectors": self.vectors.contiguous()}, path, {"domain": self.domain})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Lineup:
+        """Reads what `save` wrote."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            domain = cast(Domain, file.metadata()["domain"])
+            return cls(domain, file.get_tensor("characters"), file.get_tensor("vectors"))
 
 
 @torch.no_grad()

@@ -1,0 +1,58 @@
+"""The arms of the ablation: what is trained, and on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vflora.errors import UserError
+
+Kind = Literal["none", "recipe", "flow_matching"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training, everything else being equal.
+
+    Attributes:
+        title: a line for tables and plots.
+        kind: nothing is trained, `vflora train` trains, or plain flow matching on clips does.
+        flags: of `vflora train`, on top of those that all arms share.
+        still: for flow matching: the clips are their first frame, repeated.
+        mixed: train on pictures whose names are those of many characters at once.
+    """
+
+    title: str
+    kind: Kind = "recipe"
+    flags: tuple[str, ...] = ()
+    still: bool = False
+    mixed: bool = False
+
+
+ARMS: dict[str, Arm] = {
+    "base": Arm("base model", kind="none"),
+    "frozen": Arm("stills as videos", kind="flow_matching", still=True),
+    "oracle": Arm("oracle: real videos", kind="flow_matching"),
+    "identity": Arm("identity only", flags=("--lambda_distill", "0")),
+    "distillation": Arm("distillation only", flags=("--lambda_id", "0")),
+    "recipe": Arm("the recipe"),
+    "shuffled": Arm("recipe, references shuffled", flags=("--p_secondary", "1"), mixed=True),
+    "reuse": Arm("+ trajectory reuse 4", flags=("--trajectory_reuse", "4")),
+    "guided": Arm("+ guidance 3 in rollouts", flags=("--rollout_guidance_scale", "3")),
+    "hinge": Arm("+ hinge 0.1", flags=("--id_margin", "0.1")),
+    "sigma": Arm("+ t_deep at sigma 0.15 to 0.45", flags=("--id_sigma_low", "0.15", "--id_sigma_high", "0.45")),
+    "on_policy": Arm("+ on-policy identity points", flags=("--id_on_policy", "0.5")),
+    "secondary": Arm("+ another picture as anchor", flags=("--p_secondary", "0.5")),
+}
+"""In the order of the table. `base` is what the others are compared with, `oracle` what they could at best become."""
+
+
+def arm_named(name: str) -> Arm:
+    """Returns an arm.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name not in ARMS:
+        raise UserError(f"there is no arm {name!r}: use {', '.join(ARMS)}.")
+    return ARMS[name]

@@ -1,0 +1,147 @@
+"""What all arms of an ablation share: settings, pictures, data sets and the identity head."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from vflora import train_head
+from vflora.atomic import write_folder
+from vflora.cli import parse
+from vflora.config import require
+from vflora.data import pack
+from vflora.devices import torch_device
+from vflora.world.characters import Domain
+from vflora.world.grader import load_grader
+from vflora.world.retrieval import make_lineup
+from vflora.world.stills import write_still_folder
+
+DOMAINS: tuple[Domain, ...] = ("geometric", "creatures")
+
+
+@dataclass(frozen=True)
+class LabConfig:
+    """What every arm has in common."""
+
+    output: Path = Path("ablation")
+    """Folder of the ablation; what is finished in it is not done again."""
+    world: Path | None = None
+    """Folder of the world's models; by default those that ship with the package."""
+    recipe: Path | None = None
+    """YAML file of training flags for the arms that train with the recipe; by default the package's defaults."""
+    split: Literal["dev", "test"] = "dev"
+    """Who sits the exam: dev for tuning; test is opened once, when all is decided."""
+    steps: int = 200
+    """Optimizer steps of every arm."""
+    batch_size: int = 8
+    """Samples per step of every arm."""
+    learning_rate: float = 2e-3
+    """Peak of every arm; so few steps need more than a long training would."""
+    head_steps: int = 300
+    """Steps of the identity head, which all arms share."""
+    characters: int = 384
+    """Creatures that are taught, of the split train."""
+    pictures: int = 12
+    """Stills of each."""
+    exam_clips: int = 128
+    """Held-out creatures' clips that each arm is graded on."""
+    sampling_steps: int = 25
+    """Steps of sampling in the exam."""
+    device: str = "auto"
+    """Where to compute: auto takes the accelerator if there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "head_steps", "exam_clips", "sampling_steps"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1.")
+        require(self.pictures >= 8, f"--pictures {self.pictures} are too few to teach the head: use 8 or more.")
+        require(4 <= self.characters <= 384, f"--characters {self.characters} is out of range: use 4 to 384.")
+
+    def torch_device(self) -> torch.device:
+        """Returns the device that `device` stands for."""
+        return torch_device(self.device)
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the frozen weights: bf16 where it is quick."""
+        return "fp32" if self.torch_device().type == "cpu" else "bf16"
+
+    @property
+    def world_folder(self) -> Path:
+        """Where the world's models are."""
+        return self.world or Path(str(resources.files("vflora.world") / "assets"))
+
+    def data_root(self, *, mixed: bool) -> Path:
+        """Returns the data set that an arm trains on."""
+        return self.output / "shared" / ("mixed" if mixed else "data")
+
+    @property
+    def grader_file(self) -> Path:
+        """Where the grader is."""
+        return self.world_folder / "grader.safetensors"
+
+    def lineup_file(self, domain: Domain) -> Path:
+        """Returns where the line-up of a domain is."""
+        return self.output / "shared" / "lineups" / f"{domain}.safetensors"
+
+    @property
+    def head_folder(self) -> Path:
+        """Where the identity head is."""
+        return self.output / "shared" / "head"
+
+
+def prepare(lab: LabConfig) -> None:
+    """Draws the pictures, packs them, trains the identity head, and lines everybody up for the grader: once.
+
+    Raises:
+        UserError: for settings that the parts refuse.
+    """
+    shared = lab.output / "shared"
+    plain, mixed = shared / "pictures" / "plain", shared / "pictures" / "mixed"
+    _once(plain.parent, lambda to: _draw(lab, to / plain.name, to / mixed.name))
+    _once(lab.data_root(mixed=False), lambda to: _pack(plain, to))
+    _once(lab.data_root(mixed=True), lambda to: _pack(mixed, to))
+    _once(lab.lineup_file("creatures").parent, lambda to: _line_up(lab, to))
+    _once(lab.head_folder, lambda to: _train_head(lab, to))
+
+
+def _once(target: Path, fill: Callable[[Path], object]) -> None:
+    if not target.exists():
+        write_folder(target, lambda folder: fill(folder) and None)
+
+
+def _draw(lab: LabConfig, plain: Path, mixed: Path) -> None:
+    """Draws the stills, and again with all characters of one nickname together: a namesake is a stranger."""
+    write_still_folder(
+        plain, domain="creatures", split="train", per_character=lab.pictures, seed=0, limit=lab.characters
+    )
+    for character in sorted(plain.iterdir()):
+        crowd = mixed / character.name.split()[-1]
+        crowd.mkdir(parents=True, exist_ok=True)
+        for picture in character.iterdir():
+            shutil.copyfile(picture, crowd / f"{character.name.replace(' ', '-')}-{picture.name}")
+
+
+def _line_up(lab: LabConfig, output: Path) -> None:
+    grader = load_grader(lab.grader_file, device=lab.torch_device())
+    for domain in DOMAINS:
+        make_lineup(grader, domain=domain).save(output / lab.lineup_file(domain).name)
+
+
+def _pack(pictures: Path, output: Path) -> None:
+    flags = [str(pictures), "--output", str(output), "--metadata_key", "character", "--resolution", "64x64"]
+    pack.run(parse("data pack", [*flags, "--val_split", "0.2", "--image_format", "png"]))
+
+
+def _train_head(lab: LabConfig, output: Path) -> None:
+    flags = ["--model_dir", str(lab.world_folder / "dino"), "--wds_root", str(lab.data_root(mixed=False))]
+    flags += ["--output_dir", str(output), "--id_key", "identity_id", "--total_steps", str(lab.head_steps)]
+    flags += ["--val_every", str(lab.head_steps), "--pk_identities", str(min(32, lab.characters)), "--seed", "0"]
+    flags += ["--learning_rate", "1e-3", "--proj_dims", "128", "64", "--model_dtype", "fp32", "--num_workers", "0"]
+    flags += ["--pipeline_dir", str(lab.world_folder), "--augment_vae_side", "64", "--logger", "none"]
+    train_head.run(parse("train-head", flags))

@@ -1,0 +1,72 @@
+"""The real arms on the world that ships, with as little of everything as shows that the parts fit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from vflora.cli import parse
+from vflora.errors import UserError
+from vflora.world.ablation import ablate, arm
+from vflora.world.ablation.arms import ARMS
+from vflora.world.ablation.lab import LabConfig
+
+TINY = ["--steps", "1", "--batch_size", "2", "--characters", "4", "--pictures", "8", "--head_steps", "1"]
+TINY += ["--exam_clips", "2", "--sampling_steps", "2", "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_arms_are_trained_graded_and_put_side_by_side(tmp_path):
+    flags = ["--output", str(tmp_path / "lab"), *TINY, "--seeds", "1", "--arms"]
+    written = ablate.run(parse("world ablate", [*flags, "base", "recipe"]))
+    text = written.read_text()
+    assert "| base model |" in text
+    assert "| the recipe |" in text
+    assert "retrieval, own domain" in text
+    for name in ("plot.png", "grid.png", "results.json"):
+        assert (written.parent / name).stat().st_size > 500
+    result = json.loads((written.parent / "arms" / "recipe-0" / "result.json").read_text())
+    assert result["numbers"]["base_domain_loss"] > 0
+    assert 0 < result["share/rollout"] < 1
+    assert len(result["cosine_by_frame"]) == 17
+
+    # What is finished is not done again; other settings do not mix with it.
+    before = (written.parent / "arms" / "recipe-0" / "result.json").stat().st_mtime_ns
+    ablate.run(parse("world ablate", [*flags, "base", "recipe"]))
+    assert (written.parent / "arms" / "recipe-0" / "result.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="--steps was 1.*another --output"):
+        ablate.run(parse("world ablate", [*flags, "base", "--steps", "2"]))
+
+
+def test_every_recipe_arm_is_a_command_line_that_training_accepts(tmp_path):
+    lab = LabConfig(output=tmp_path)
+    plain = parse("train", arm._flags(lab, ARMS["recipe"], tmp_path, 0)).flat()
+    for name, chosen in ARMS.items():
+        if chosen.kind == "recipe":
+            settings = parse("train", arm._flags(lab, chosen, tmp_path, 0)).flat()
+            differing = {key for key in settings if settings[key] != plain[key]}
+            assert bool(differing) == (name != "recipe")
+            assert differing <= {flag[2:] for flag in chosen.flags if flag.startswith("--")} | {"wds_root"}
+
+
+def test_a_file_of_flags_changes_the_recipe_of_every_arm(tmp_path):
+    (tmp_path / "tuned.yaml").write_text("lambda_id: 1.25\np_secondary: 0.3\n")
+    lab = LabConfig(output=tmp_path, recipe=tmp_path / "tuned.yaml")
+    settings = parse("train", arm._flags(lab, ARMS["sigma"], tmp_path, 0))
+    assert settings.identity.lambda_id == 1.25
+    assert settings.data.p_secondary == 0.3
+    assert settings.rollout.id_sigma_high == 0.45
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [({"characters": 3}, "use 4 to 384"), ({"pictures": 2}, "use 8 or more"), ({"steps": 0}, "at least 1")],
+)
+def test_a_lab_that_cannot_work_is_refused(changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        replace(LabConfig(), **changed)
+
+
+def test_an_unknown_arm_is_refused_with_the_names_of_all():
+    with pytest.raises(UserError, match=r"no arm 'magic': use base, frozen, oracle"):
+        parse("world ablate", ["--arms", "magic"])

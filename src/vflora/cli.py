@@ -63,6 +63,10 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command("what this machine and these folders lack", "vflora.doctor", "DoctorConfig"),
     "world render": Command("pictures and clips of the miniature world", "vflora.world.gallery", "RenderConfig"),
     "world pretrain": Command("train the models of the miniature world", "vflora.world.pretrain", "PretrainConfig"),
+    "world arm": Command("one arm of the ablation with one seed", "vflora.world.ablation.arm", "ArmSettings"),
+    "world ablate": Command(
+        "what each part of the recipe does, measured", "vflora.world.ablation.ablate", "AblateSettings"
+    ),
     "bench step": Command("time and memory of a training step", "vflora.bench.step", "BenchStepSettings"),
     "bench accuracy": Command(
         "what each approximation costs in exactness", "vflora.bench.accuracy", "BenchAccuracySettings"

@@ -1,5 +1,6 @@
 # make demo   install into .venv, then the whole story on small models: pictures -> LoRA -> page
 # make test   install into .venv, then the tests
+# make docs   install into .venv, then the site in site/, with no dead link in it
 # make ratio  what dropped padding and shared weights gain, as ratios that hold on any machine
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,10 +25,13 @@ test: install
 ratio: install
 	OMP_NUM_THREADS=1 $(BIN)/vflora bench ratio --output build/ratio.json
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: install
-	$(BIN)/ruff check src tests *.py
-	$(BIN)/ruff format --check src tests *.py
+	$(BIN)/ruff check src tests docs *.py
+	$(BIN)/ruff format --check src tests docs *.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) site

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from vflora.adapters import find_adapter, read_adapter
 from vflora.checkpoint import verify_checkpoint
@@ -18,6 +20,7 @@ from vflora.config import TORCH_DTYPES, Precision, require
 from vflora.errors import UserError
 from vflora.inference import open_image
 from vflora.models.lora_formats import LoraFormat, LoraModule, LoraWeights, build_header, write_lora
+from vflora.previews import Preview, find_previews, student_frame
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +58,8 @@ class ExportConfig:
     characters: list[str] | None = None
     """Names to use in a prompt, for the header."""
     thumbnail: Path | None = None
-    """Picture for the header, which model browsers show."""
+    """Picture for the header, which model browsers show; without it, a frame of the best clip of the run's newest
+    validation, if there was one."""
 
     def __post_init__(self) -> None:
         require(self.lora_r is None or self.lora_r >= 1, "--lora_r must be at least 1.")
@@ -154,6 +158,20 @@ def _header(config: ExportConfig, weights: LoraWeights, name: str) -> dict[str, 
         title=name,
         base_model=base if config.model_path is None else f"{config.model_path} {config.transformer_version}",
         characters=config.characters or (),
-        thumbnail=None if config.thumbnail is None else open_image(config.thumbnail, "--thumbnail"),
+        thumbnail=_thumbnail(config),
         author=config.author,
     )
+
+
+def _thumbnail(config: ExportConfig) -> Image.Image | None:
+    if config.thumbnail is not None:
+        return open_image(config.thumbnail, "--thumbnail")
+    step = re.fullmatch(r"checkpoint-(\d+)", config.checkpoint_path.name)
+    if step is None:
+        return None
+    previews = [p for p in find_previews(config.checkpoint_path.parent) if p.step <= int(step.group(1))]
+    return student_frame(max(previews, key=_merit)) if previews else None
+
+
+def _merit(preview: Preview) -> tuple[int, float]:
+    return preview.step, preview.sample.numbers.get("val/student_cosine_last_quarter", -1.0)

@@ -123,6 +123,12 @@ def contact_sheet(preview: Preview) -> Image.Image:
     return frame_grid([frames[:, :, :half], frames[:, :, half:]], ["teacher", "student"])
 
 
+def student_frame(preview: Preview) -> Image.Image:
+    """Returns the middle frame of the student's half of a clip."""
+    frames, _ = read_mp4(preview.video)
+    return Image.fromarray(np.ascontiguousarray(frames[len(frames) // 2, :, frames.shape[2] // 2 :]))
+
+
 def _index(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.json")
 

@@ -17,9 +17,10 @@ from vflora.config import require
 from vflora.distributed.world import joined
 from vflora.learning import learn
 from vflora.models.lora import ADAPTER
-from vflora.models.lora_formats import build_header, from_transformer, write_lora
+from vflora.models.lora_formats import from_transformer, write_lora
 from vflora.previews import contact_sheet, find_previews, step_folder
 from vflora.profiling import StepTracer
+from vflora.run_header import run_header
 from vflora.run_log import NoLog, RunLog
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock, split
@@ -248,12 +249,7 @@ def _save(training: Training, step: int, writer: CheckpointWriter) -> Path:
         training.data_fingerprint,
         samples_per_step(settings, training.world),
     )
-    header = build_header(
-        title=settings.run.output_dir.resolve().name,
-        base_model=settings.model.pipeline_dir,
-        recipe={"method": "video-free-lora", "step": step, **settings.flat()},
-        characters=training.characters,
-    )
+    header = run_header(settings, step, training.characters)
 
     # Copied now: the writer may work on while the training goes on.
     weights = from_transformer(training.denoiser.transformer, ADAPTER)

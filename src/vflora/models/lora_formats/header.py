@@ -22,6 +22,7 @@ from vflora.models.lora_formats.weights import LoraWeights
 
 ARCHITECTURE = "hunyuan-video-1.5/lora"
 _FOLDING_FORMATS = ("diffusers", "original")
+_FEW = 8
 LICENSE_NOTE = (
     "Made for HunyuanVideo-1.5: use is subject to the Tencent Hunyuan Community License "
     "(not valid in the EU, the UK and South Korea)."
@@ -38,6 +39,7 @@ def build_header(
     license: str = LICENSE_NOTE,
     author: str | None = None,
     description: str | None = None,
+    resolution: str | None = None,
     date: datetime | None = None,
 ) -> dict[str, str]:
     """Collects what the writer of a file cannot know by looking at the weights.
@@ -51,6 +53,7 @@ def build_header(
         license: note on what its users may do.
         author: who made it.
         description: one paragraph.
+        resolution: WIDTHxHEIGHT that it was trained at.
         date: when; now if None.
     """
     fields = {
@@ -59,7 +62,9 @@ def build_header(
         "modelspec.description": description,
         "modelspec.date": (date or datetime.now(UTC)).isoformat(timespec="seconds"),
         "modelspec.license": license,
+        "modelspec.resolution": resolution,
         "modelspec.trigger_phrase": ", ".join(characters),
+        "modelspec.usage_hint": _usage_hint(characters),
         "modelspec.thumbnail": None if thumbnail is None else thumbnail_uri(thumbnail),
         "ss_base_model_version": base_model,
         "vflora.base_model": base_model,
@@ -67,6 +72,14 @@ def build_header(
         "vflora.recipe": None if recipe is None else json.dumps(recipe, sort_keys=True, default=str),
     }
     return {key: value for key, value in fields.items() if value}
+
+
+def _usage_hint(characters: Sequence[str]) -> str | None:
+    if not characters:
+        return None
+    more = f" and {len(characters) - _FEW} more" if len(characters) > _FEW else ""
+    names = ", ".join(characters[:_FEW]) + more
+    return f"Image to video: give a picture of the character and name it in the prompt ({names})."
 
 
 def file_header(weights: LoraWeights, tensors: Mapping[str, Tensor], format: str) -> dict[str, str]:

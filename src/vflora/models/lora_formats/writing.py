@@ -64,6 +64,7 @@ def write_lora(
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(file.name + ".tmp")
     save_file(tensors, unfinished, metadata=header)
+    unfinished.chmod(0o644)  # safetensors writes for its owner alone; this file is made to be shared
     os.replace(unfinished, file)
     return file
 

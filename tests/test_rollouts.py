@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,9 @@ import torch
 from safetensors.torch import load
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from vflora.atomic import publish
 from vflora.cli import main, parse
 from vflora.errors import UserError
+from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
 from vflora.rollouts import run as roll_out
 from vflora.teacher_source import Rollouts
@@ -207,16 +208,43 @@ def test_a_kill_loses_only_the_shard_in_hand(shared, flags, folder):
     assert samples(folder) == samples(shared[1])
 
 
-def test_a_full_disk_stops_with_a_sentence_and_whole_shards(shared, flags, folder, monkeypatch):
-    def full(unfinished, target):
-        if target.name.endswith("00000003.tar"):
-            raise OSError(28, "No space left on device")
-        publish(unfinished, target)
+@pytest.fixture
+def fill_disk(capsys):
+    """Lets no file grow beyond some bytes, which the kernel refuses as it refuses a full disk."""
+    # capsys keeps what is printed in memory; the file that pytest keeps it in otherwise has a limit now, too.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr("vflora.trajectories.shards.publish", full)
-    with pytest.raises(UserError, match="No space left.*make room and run the same line again"):
+
+@pytest.mark.parametrize("rollouts_per_shard", [2, 64])
+def test_a_full_disk_stops_with_a_sentence_and_leaves_whole_shards(
+    flags, folder, monkeypatch, fill_disk, rollouts_per_shard
+):
+    plain = Rollouts.trajectory
+
+    def filling(self, prepared, step):
+        if prepared.number == 3:
+            fill_disk(3000)
+        return plain(self, prepared, step)
+
+    monkeypatch.setattr(Rollouts, "trajectory", filling)
+    with pytest.raises(UserError, match="no shard could be written.*make room and run the same line again"):
+        roll_out(storing(flags, folder, "--rollouts_per_shard", str(rollouts_per_shard)))
+    assert shard_names(folder) == (["rollouts-00000000-00000001.tar"] if rollouts_per_shard == 2 else [])
+
+
+def test_conditions_that_the_disk_does_not_take_stop_the_run_with_a_sentence(flags, folder, fill_disk, monkeypatch):
+    plain = ConditionEncoder.prepare
+
+    def filling(self, *what):
+        fill_disk(10)
+        plain(self, *what)
+
+    monkeypatch.setattr(ConditionEncoder, "prepare", filling)
+    with pytest.raises(UserError, match="encoded prompts and pictures cannot be kept in .*conditions.*make room"):
         roll_out(storing(flags, folder))
-    assert shard_names(folder) == shard_names(shared[1])[:1]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".safetensors", ".tar")]
 
 
 def test_running_past_the_end_is_refused_with_the_command_that_extends_it(flags, folder, tmp_path, capsys):

@@ -23,8 +23,8 @@ from vflora.errors import UserError
 from vflora.settings import TrainSettings
 from vflora.stopping import stop_requests
 from vflora.trajectories.folder import Manifest, begin, read_manifest, shard_folder
-from vflora.trajectories.plan import gaps, shares
-from vflora.trajectories.recipe import SLOTS, fingerprint, recipe_of, require_same
+from vflora.trajectories.plan import Plan, gaps, shares
+from vflora.trajectories.recipe import SLOTS, recipe_of, require_same
 from vflora.trajectories.shards import ShardFile, clear_unfinished, find_shards
 from vflora.trajectories.teacher import Guide
 
@@ -40,7 +40,7 @@ class StorageConfig:
     trajectory_dtype: Precision = "fp32"
     """fp32 keeps every bit; bf16 takes half the disk and rounds what the student sees and learns."""
     rollouts_per_shard: int = 64
-    """Rollouts in one tar file; a process that is killed loses at most so many."""
+    """Rollouts in one tar file, fewer where not every process would get one; a killed process loses at most these."""
     train_processes: int | None = None
     """Data-parallel processes that the training will have; by default as many as roll out now."""
 
@@ -100,24 +100,19 @@ def _manifest(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: 
     found, storage, batch_size = read_manifest(folder), settings.storage, settings.data.batch_size
     processes = storage.train_processes or (found.processes if found else size)
     recipe = recipe_of(settings, dataset, processes * batch_size)
-    wanted = Manifest(
-        recipe,
-        fingerprint(recipe),
-        processes,
-        settings.optimizer.gradient_accumulation_steps,
-        settings.rollout.trajectory_reuse,
-        storage.rollouts_per_shard,
-        storage.trajectory_dtype,
-    )
     if found is None:
-        begin(folder, wanted, settings.yaml(), rank)
-        return wanted
+        plan = Plan(processes, settings.optimizer.gradient_accumulation_steps, settings.rollout.trajectory_reuse)
+        per_process = -(-plan.rollouts(settings.optimizer.max_train_steps) // size)
+        per_shard = min(storage.rollouts_per_shard, per_process)
+        manifest = Manifest.of(recipe, plan, per_shard=per_shard, dtype=storage.trajectory_dtype)
+        begin(folder, manifest, settings.yaml(), rank)
+        return manifest
     require_same(found.recipe, recipe, folder, verb="go on")
-    for flag, was, now in (
-        ("trajectory_dtype", found.dtype, wanted.dtype),
-        ("rollouts_per_shard", found.per_shard, wanted.per_shard),
-    ):
-        require(was == now, f"{folder} was begun with --{flag} {was} and not {now}: go on with that.")
+    dtype = storage.trajectory_dtype
+    require(
+        dtype == found.dtype,
+        f"{folder} was begun with --trajectory_dtype {found.dtype} and not {dtype}: go on with that.",
+    )
     return found
 
 

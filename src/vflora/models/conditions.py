@@ -6,17 +6,19 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPipeline
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from vflora.distributed.voice import is_first
+from vflora.errors import UserError
 from vflora.models.loading import load_encoders
 from vflora.models.video_vae import encode_first_frame
 from vflora.types import Conditions
@@ -46,15 +48,27 @@ class ConditionCache:
         return entry
 
     def put(self, key: str, entry: dict[str, Tensor], *, on_disk: bool = True) -> None:
-        """Keeps an entry; on disk it appears whole or not at all."""
+        """Keeps an entry; on disk it appears whole or not at all.
+
+        Raises:
+            UserError: if the disk does not take it.
+        """
         self._remember(key, entry)
         path = self._path(key) if on_disk else None
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: value.contiguous() for name, value in entry.items()}, temporary)
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in entry.items()}, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise UserError(
+                f"encoded prompts and pictures cannot be kept in {self._folder} ({error}): make room there, or choose "
+                "another --condition_cache."
+            ) from error
 
     def _path(self, key: str) -> Path | None:
         return self._folder / key[:2] / f"{key}.safetensors" if self._folder else None

@@ -51,6 +51,11 @@ class Manifest:
     dtype: str
     format: int = FORMAT
 
+    @classmethod
+    def of(cls, recipe: dict[str, Any], plan: Plan, *, per_shard: int, dtype: str) -> Manifest:
+        """Returns the manifest of a folder that is about to begin."""
+        return cls(recipe, fingerprint(recipe), plan.processes, plan.accumulation, plan.reuse, per_shard, dtype)
+
     @property
     def plan(self) -> Plan:
         """How the rollouts are counted."""

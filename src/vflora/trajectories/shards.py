@@ -12,6 +12,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,10 @@ class ShardFile:
         return final
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
-        self._file.close()
+        """Leaves nothing behind; of a finished shard there is nothing to leave."""
+        for part in (self._writer, self._file):
+            with suppress(OSError):  # what a full disk did not take is not wanted
+                part.close()
         self._unfinished.unlink(missing_ok=True)
 
 

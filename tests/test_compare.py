@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from vflora.compare import CompareConfig, command_of, run
@@ -75,6 +76,23 @@ def test_the_folder_is_ready_to_upload(made, root):
     assert all(torch.equal(kept[name].delta(), given[name].delta()) for name in given)
     assert "Random models: noise is expected." in (made / "README.md").read_text()
     assert "<h1>Creatures</h1>" in (made / "index.html").read_text()
+
+
+def test_a_folder_that_looks_like_a_hub_name_is_not_named_as_the_base_model(made, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root.parent)  # so that the model is at "name/model", as with --local-dir models/NAME
+    place = f"{root.name}/model"
+    options = {"images": [root / "pictures" / "momo.png"], "lora_scales": [1.0], "video_length": 5}
+    run(settings(root, tmp_path / "a", pipeline_dir=place, **options))
+    run(settings(root, tmp_path / "b", pipeline_dir=place, base_model="org/base", **options))
+    a, b = (ModelCard.load(tmp_path / name / "README.md").data.to_dict() for name in "ab")
+    assert "base_model" not in a
+    assert (b["base_model"], b["license_name"]) == ("org/base", "tencent-hunyuan-community")
+    assert json.loads((tmp_path / "a" / "index.json").read_text())["settings"]["Base model"] == "model"
+
+
+def test_the_adapter_beside_the_page_shows_its_best_clip(made):
+    header = read_lora(made / "pytorch_lora_weights.safetensors").metadata
+    assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
 
 
 def test_every_row_has_the_base_and_then_the_scales_in_order(made):

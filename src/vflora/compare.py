@@ -24,9 +24,10 @@ from vflora.evaluate import Embedder, IdentityScores, deviation_by_sigma, embed_
 from vflora.inference import load_with_adapters
 from vflora.judge import Judge
 from vflora.models.identity import IdentityEmbedder
-from vflora.models.lora_formats import write_lora
-from vflora.report import Clip, Comparison, Row, write_card, write_page
+from vflora.models.lora_formats import thumbnail_uri, write_lora
+from vflora.report import Clip, Comparison, Row, best_frame, write_card, write_page
 from vflora.report.records import BASE
+from vflora.run_header import base_model_name, hub_name
 from vflora.samples import Sample, find_samples, readable
 from vflora.sampling import Pipeline, default_steps, fit_image, generate_video
 from vflora.video_io import enlarge, to_uint8_frames, write_mp4
@@ -74,6 +75,8 @@ class CompareConfig:
     """Backbone of the identity loss, to grade with it as well; its numbers flatter."""
     dino_head_path: Path | None = None
     """Its projection head."""
+    base_model: str | None = None
+    """Hub name of the base model, for the model card; without it, pipeline_dir where that is one."""
     title: str | None = None
     """Of the page; without it, the name of the LoRA."""
     notice: str | None = None
@@ -173,9 +176,10 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
         fps=config.fps,
     )
     page = write_page(comparison, config.output_dir, max_megabytes=config.max_page_mb)
-    write_card(comparison, config.output_dir, base_model=config.pipeline_dir)
+    write_card(comparison, config.output_dir, base_model=config.base_model or hub_name(config.pipeline_dir))
     if len(config.lora_path) == 1:
-        write_lora(read_adapter(config.lora_path[0]), config.output_dir, "diffusers")
+        thumbnail = {"modelspec.thumbnail": thumbnail_uri(best_frame(comparison))}
+        write_lora(read_adapter(config.lora_path[0]), config.output_dir, "diffusers", thumbnail)
     log.info("wrote %s, and all that a model card needs beside it", page)
     return page
 
@@ -272,7 +276,7 @@ def _title(lora_path: str) -> str:
 def _settings(config: CompareConfig, pipeline: Pipeline, adapters: Sequence[AdapterInfo]) -> dict[str, Any]:
     first = adapters[0]
     return {
-        "Base model": config.pipeline_dir,
+        "Base model": config.base_model or base_model_name(config.pipeline_dir, config.transformer_version),
         "LoRA": ", ".join(Path(adapter.source).name for adapter in adapters),
         "Rank, alpha, layers": f"{first.rank}, {first.alpha:g}, {first.layers}",
         "Frames": config.video_length,

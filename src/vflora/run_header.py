@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from vflora.models.lora_formats import build_header
 from vflora.models.original_layout import is_original_layout
 from vflora.settings import TrainSettings
+
+log = logging.getLogger(__name__)
 
 _PLACES = ("_dir", "_path", "_root", "_cache", "_bank", "_builder", "_from_checkpoint")
 _RESOLUTIONS = {"480p": "848x480", "720p": "1280x720"}
@@ -43,6 +46,14 @@ def base_model_name(pipeline_dir: str, transformer_version: str) -> str:
         return pipeline_dir
     name = folder.resolve().name
     return f"{name} {transformer_version}" if is_original_layout(folder) else name
+
+
+def hub_name(pipeline_dir: str) -> str | None:
+    """Returns the hub name that `pipeline_dir` is; a folder may look like one and is none, which is worth a warning."""
+    if Path(pipeline_dir).exists():
+        log.warning("the model card names no base model and no licence: give --base_model with its hub name")
+        return None
+    return pipeline_dir
 
 
 def shareable(settings: dict[str, Any]) -> dict[str, Any]:

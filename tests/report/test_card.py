@@ -21,6 +21,13 @@ def test_the_hub_reads_its_metadata(comparison):
     assert "lora" in data.tags
 
 
+def test_the_hubs_gallery_shows_the_best_clips_with_their_prompts(comparison):
+    shown = ModelCard(card_text(comparison, None)).data.to_dict()["widget"]
+    names = [row.at(comparison.best_scale).path.name for row in comparison.ranked()]
+    assert [entry["output"]["url"] for entry in shown] == [f"videos/{name}" for name in names]
+    assert shown[0]["text"] == "Momo hops <fast> & far"
+
+
 @pytest.mark.parametrize("place", [None, "/models/480p_i2v", "models"])
 def test_a_model_that_is_not_on_the_hub_is_not_named_as_base_and_gets_no_licence(comparison, place):
     data = ModelCard(card_text(comparison, place)).data.to_dict()

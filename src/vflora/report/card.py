@@ -8,6 +8,7 @@ from textwrap import shorten
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from vflora.report.records import BASE, Comparison, scale_name
 from vflora.video_io import frame_grid, read_mp4
@@ -48,7 +49,7 @@ def card_text(comparison: Comparison, base_model: str | None) -> str:
     """Returns the card: metadata, what was measured, how to use it."""
     hub_name = base_model if base_model and _HUB_NAME.fullmatch(base_model) else None
     parts = [
-        "---\n" + yaml.safe_dump(_metadata(hub_name), sort_keys=False) + "---",
+        "---\n" + yaml.safe_dump(_metadata(comparison, hub_name), sort_keys=False, allow_unicode=True) + "---",
         f"# {comparison.title}",
         *([f"> {comparison.notice}"] if comparison.notice else []),
         "A LoRA that teaches an image-to-video model its characters from still images alone, made with vflora: "
@@ -71,13 +72,24 @@ def card_text(comparison: Comparison, base_model: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(hub_name: str | None) -> dict[str, Any]:
+def best_frame(comparison: Comparison) -> Image.Image:
+    """Returns the middle frame of the row that gained most, at the best scale: the face of this LoRA."""
+    frames, _ = read_mp4(comparison.ranked()[0].at(comparison.best_scale).path)
+    return Image.fromarray(frames[len(frames) // 2])
+
+
+def _metadata(comparison: Comparison, hub_name: str | None) -> dict[str, Any]:
+    best = comparison.best_scale
+    shown = [
+        {"text": row.prompt, "output": {"url": f"videos/{row.at(best).path.name}"}} for row in comparison.ranked()[:4]
+    ]
     based = {"base_model": hub_name, "base_model_relation": "adapter", **_LICENCE} if hub_name else {}
     return {
         **based,
         "library_name": "diffusers",
         "pipeline_tag": "image-to-video",
         "tags": ["lora", "image-to-video", "hunyuanvideo-1.5", "vflora"],
+        "widget": shown,
     }
 
 

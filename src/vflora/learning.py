@@ -11,6 +11,7 @@ from vflora.errors import NonFiniteError
 from vflora.identity_term import IdentityTerm
 from vflora.losses import identity_weight
 from vflora.models.denoiser import Denoiser
+from vflora.models.graphed_student import Student
 from vflora.recipe import StepInputs, training_step
 from vflora.rollout import deep_index, harvest_indices, is_on_policy, on_policy_point
 from vflora.settings import TrainSettings
@@ -24,6 +25,7 @@ class Learner(Protocol):
 
     settings: TrainSettings
     denoiser: Denoiser
+    student: Student
     identity: IdentityTerm
 
 
@@ -69,7 +71,7 @@ def learn(
     scale = 1 / settings.optimizer.gradient_accumulation_steps
     try:
         return training_step(
-            training.denoiser,
+            training.student,
             training.identity,
             inputs,
             scale=scale,

@@ -21,7 +21,7 @@ from vflora.errors import NonFiniteError
 from vflora.flow import clean_estimate
 from vflora.identity_term import IdentityGradient, IdentityTerm
 from vflora.losses import distillation_loss
-from vflora.models.denoiser import Denoiser
+from vflora.models.graphed_student import Student
 from vflora.step_clock import StepClock
 from vflora.types import Conditions, LossReport, Point
 
@@ -48,7 +48,7 @@ class StepInputs:
 
 
 def training_step(
-    student: Denoiser,
+    student: Student,
     identity: IdentityTerm,
     inputs: StepInputs,
     *,
@@ -98,7 +98,7 @@ def training_step(
     return _report(inputs, [errors[point.sigma] for point in inputs.points], judged, clock)
 
 
-def _velocity(student: Denoiser, point: Point, conditions: Conditions) -> Tensor:
+def _velocity(student: Student, point: Point, conditions: Conditions) -> Tensor:
     return student.velocity(point.latents, point.sigma, conditions, next_sigma=point.next_sigma)
 
 

@@ -38,9 +38,14 @@ def build_student(
     sharded = world.size > 1 and settings.distributed.enable_fsdp
     if sharded:
         _require_shardable(settings.speed)
+    for name in ("rollout_graphs", "student_graphs"):
+        require(
+            not (getattr(settings.speed, name) and world.sp_size > 1),
+            f"--{name} cannot replay what processes that share a sample tell each other: drop it or --sp_size.",
+        )
     require(
-        not (settings.speed.rollout_graphs and world.sp_size > 1),
-        "--rollout_graphs cannot replay what processes that share a sample tell each other: drop it or --sp_size.",
+        not (settings.speed.student_graphs and lora.lora_dropout > 0),
+        "--student_graphs would drop the same inputs at every step: drop it or --lora_dropout.",
     )
     transformer = load_transformer(model.pipeline_dir, model.transformer_version, dtype, "cpu")
     add_lora(
@@ -65,7 +70,7 @@ def build_student(
 
 def _require_shardable(speed: SpeedConfig) -> None:
     plain = SpeedConfig()
-    for name in ("weight_storage", "rollout_precision", "rollout_graphs", "block_offload"):
+    for name in ("weight_storage", "rollout_precision", "rollout_graphs", "student_graphs", "block_offload"):
         require(
             getattr(speed, name) == getattr(plain, name),
             f"--{name} does not go with a base that is sharded over processes: drop it, or add --enable_fsdp false.",

@@ -22,6 +22,7 @@ from vflora.identity_term import IdentityTerm
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
+from vflora.models.graphed_student import Student
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.loading import load_shift, load_vae
 from vflora.models.speed import Acceleration, accelerate_decoder
@@ -47,6 +48,7 @@ class Training:
     world: World
     device: torch.device
     denoiser: Denoiser
+    student: Student
     acceleration: Acceleration
     identity: IdentityTerm
     optimizer: LoraOptimizer
@@ -177,6 +179,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         world=world,
         device=device,
         denoiser=denoiser,
+        student=acceleration.student(denoiser),
         acceleration=acceleration,
         identity=IdentityTerm(
             settings.identity,

@@ -36,4 +36,4 @@ def test_replayed_velocities_are_the_denoisers_to_the_last_bit(denoiser, make_co
                 x, conditions = latents(seed).cuda(), make_conditions((length,), seed=seed).to("cuda")
                 expected = denoiser.velocity(x, 0.1 * seed + 0.3, conditions)
                 assert torch.equal(teacher.velocity(x, 0.1 * seed + 0.3, conditions), expected)
-    assert len(teacher._recorded) == 2
+    assert len(teacher.recordings) == 2

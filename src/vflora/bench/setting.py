@@ -33,6 +33,7 @@ from vflora.flow import sampling_sigmas
 from vflora.identity_term import IdentityTerm
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
+from vflora.models.graphed_student import Student
 from vflora.models.lora import add_lora
 from vflora.models.speed import Acceleration, SpeedConfig, accelerate, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
@@ -135,6 +136,7 @@ class Setting:
     settings: TrainSettings
     device: torch.device
     denoiser: Denoiser
+    student: Student
     identity: IdentityTerm
     optimizer: LoraOptimizer
     source: TeacherSource
@@ -189,7 +191,8 @@ def build_setting(config: BenchConfig, speed: SpeedConfig) -> Setting:
         settings.identity, vae, embedder, recompute=speed.id_decode_recompute, tile=speed.id_decode_tile
     )
     optimizer = LoraOptimizer(denoiser.lora_parameters(), settings.optimizer)
-    return Setting(settings, device, denoiser, identity, optimizer, source, acceleration)
+    student = acceleration.student(denoiser)
+    return Setting(settings, device, denoiser, student, identity, optimizer, source, acceleration)
 
 
 def _settings(config: BenchConfig, speed: SpeedConfig) -> TrainSettings:

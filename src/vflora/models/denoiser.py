@@ -59,10 +59,11 @@ class Denoiser:
         if len(conditions) != batch:
             raise ValueError(f"{batch} latents, but conditions of {len(conditions)} samples")
         meanflow = self.transformer.config.use_meanflow
+        following = 0.0 if next_sigma is None else next_sigma
         (prediction,) = self.transformer(
             hidden_states=self._model_input(latents, conditions),
             timestep=_timestep(sigma, batch, latents.device),
-            timestep_r=_timestep(next_sigma or 0.0, batch, latents.device) if meanflow else None,
+            timestep_r=_timestep(following, batch, latents.device) if meanflow else None,
             encoder_hidden_states=conditions.prompt_embeds.to(self.dtype),
             encoder_attention_mask=_mask(conditions.prompt_embeds, conditions.prompt_lengths),
             encoder_hidden_states_2=conditions.prompt_embeds_2.to(self.dtype),
@@ -103,7 +104,10 @@ class Denoiser:
 
 
 def _timestep(sigma: float | Tensor, batch: int, device: torch.device) -> Tensor:
-    return (torch.as_tensor(sigma, dtype=torch.float32, device=device) * TIMESTEPS_PER_UNIT).expand(batch)
+    if not isinstance(sigma, Tensor):
+        # Filled on the device: a copy from main memory makes the processor wait for all work that is queued.
+        sigma = torch.full((), sigma, dtype=torch.float32, device=device)
+    return (sigma.to(device, torch.float32) * TIMESTEPS_PER_UNIT).expand(batch)
 
 
 def _mask(text: Tensor, lengths: tuple[int, ...]) -> Tensor | None:

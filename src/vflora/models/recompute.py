@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ class BlockRecompute:
         """Takes over the transformer's gradient checkpointing, in place."""
         self._order = {id(block): i for i, block in enumerate(transformer.transformer_blocks)}
         self._undecided = mode == "auto"
+        self._random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in transformer.modules())
         self._block_bytes = 0
         self.kept = len(self._order) if mode == "false" else 0
         if mode == "false":
@@ -40,7 +42,7 @@ class BlockRecompute:
     def _run(self, block: nn.Module, *args: Any) -> Any:
         place = self._order.get(id(block))
         if place is None:  # the text refiner's blocks
-            return checkpoint(block.__call__, *args, use_reentrant=False)
+            return self._checkpoint(block, *args)
         if self._undecided and place == len(self._order) - 1 and _on_cuda(args):
             before = torch.cuda.memory_allocated()
             out = block(*args)
@@ -48,7 +50,25 @@ class BlockRecompute:
             return out
         if place >= len(self._order) - self.kept:
             return block(*args)
-        return checkpoint(block.__call__, *args, use_reentrant=False)
+        return self._checkpoint(block, *args)
+
+    def _checkpoint(self, block: nn.Module, *args: Any) -> Any:
+        # Without dropout there is no random state to bring back, which would take time and cannot be recorded.
+        return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=self._random)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is decided which blocks keep their activations."""
+        return not self._undecided
+
+    @contextmanager
+    def everything(self) -> Iterator[None]:
+        """Inside, forward passes keep no block's activations, where blocks may be recomputed at all."""
+        kept, self.kept = self.kept, 0
+        try:
+            yield
+        finally:
+            self.kept = kept
 
     def end_step(self, least: Callable[[int], int] = int) -> None:
         """Tells that an optimizer step is over; after the first one, `auto` decides.

@@ -21,6 +21,7 @@ from vflora.models.attention_choice import AttentionKernel, choose_attention
 from vflora.models.compiling import allow_recompiles
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import FastTeacher, Teacher
+from vflora.models.graphed_student import GraphedStudent, Student
 from vflora.models.graphed_teacher import GraphedTeacher
 from vflora.models.lean_lora import lean_lora
 from vflora.models.light_decoder import lighten_decoder
@@ -47,6 +48,8 @@ class SpeedConfig:
     """Keep the student's activations while the identity loss is computed: one forward pass fewer, the most memory."""
     rollout_graphs: bool = False
     """Replay the teacher's passes as CUDA graphs, which takes the wait for Python out of rollouts; no offload."""
+    student_graphs: bool = False
+    """Replay the student's passes, forward and backward, as CUDA graphs; no offload, no dropout."""
     rollout_precision: Literal["full", "fp8"] = "full"
     """fp8: the widest layers multiply in float8 between harvested points; approximates states, not targets."""
     rollout_stride: int = 1
@@ -94,8 +97,9 @@ class SpeedConfig:
             "--block_offload needs the blocks recomputed: drop --enable_gradient_checkpointing false.",
         )
         require(
-            not (self.block_offload and self.rollout_graphs),
-            "--block_offload moves weights about, which --rollout_graphs cannot replay: set one of them to false.",
+            not (self.block_offload and (self.rollout_graphs or self.student_graphs)),
+            "--block_offload moves weights about, which graphs cannot replay: set it to false, or --rollout_graphs and "
+            "--student_graphs.",
         )
         require(
             not (self.rollout_precision == "fp8" and self.weight_storage == "int8"),
@@ -111,6 +115,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "lora_precision": "bf16",
         "keep_student_graph": True,
         "rollout_graphs": True,
+        "student_graphs": True,
         "rollout_precision": "fp8",
         "id_decode_recompute": False,
     },
@@ -133,6 +138,10 @@ class Acceleration:
         if self.config.rollout_precision == "full" and self.config.rollout_stride == 1:
             return leader
         return FastTeacher(leader, exact_sigmas, switch=self.switch, stride=self.config.rollout_stride)
+
+    def student(self, denoiser: Denoiser) -> Student:
+        """Returns who learns."""
+        return GraphedStudent(denoiser, self.recompute) if self.config.student_graphs else denoiser
 
     def end_step(self, least: Callable[[int], int] = int) -> None:
         """Tells that an optimizer step is over; `least` as for `BlockRecompute.end_step`."""

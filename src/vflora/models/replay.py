@@ -1,0 +1,121 @@
+"""What CUDA graphs of the transformer share: inputs at fixed addresses, and which graph fits a call."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from vflora.types import Conditions
+
+KEPT = 64
+"""Graphs that are kept: prompts differ in length, and every length is one."""
+
+
+@dataclass(frozen=True)
+class FixedInputs:
+    """Inputs of `Denoiser.velocity` that stay where they are, for a graph to read.
+
+    Attributes:
+        latents: [B, C, T, H, W], fp32.
+        sigma: [B], fp32.
+        next_sigma: [B], fp32, or None.
+        conditions: of the B samples.
+    """
+
+    latents: Tensor
+    sigma: Tensor
+    next_sigma: Tensor | None
+    conditions: Conditions
+
+    @classmethod
+    def like(cls, latents: Tensor, sigma: float, conditions: Conditions, next_sigma: float | None) -> FixedInputs:
+        """Copies a call's inputs to addresses of their own."""
+        level = torch.full((len(latents),), sigma, dtype=torch.float32, device=latents.device)
+        named = {field.name: getattr(conditions, field.name) for field in fields(conditions)}
+        own = replace(conditions, **{name: v.clone() for name, v in named.items() if isinstance(v, Tensor)})
+        following = None if next_sigma is None else torch.full_like(level, next_sigma)
+        return cls(latents.clone(), level, following, own)
+
+    def load(self, latents: Tensor, sigma: float, conditions: Conditions, next_sigma: float | None) -> None:
+        """Overwrites them with those of another call of the same shapes."""
+        self.latents.copy_(latents)
+        self.sigma.fill_(sigma)
+        if self.next_sigma is not None:
+            self.next_sigma.fill_(next_sigma or 0.0)
+        for target, source in zip(_tensors(self.conditions), _tensors(conditions), strict=True):
+            target.copy_(source)
+
+
+def shapes(latents: Tensor, conditions: Conditions, next_sigma: float | None) -> tuple[Hashable, ...]:
+    """Returns what calls that one graph can serve have in common."""
+    return (*(tuple(tensor.shape) for tensor in (latents, *_tensors(conditions))), next_sigma is None)
+
+
+def is_ragged(conditions: Conditions) -> bool:
+    """Whether texts differ in length within the batch; their mask is made on the CPU, which a graph cannot replay."""
+    return len(set(conditions.prompt_lengths)) > 1 or len(set(conditions.prompt_lengths_2)) > 1
+
+
+def _tensors(conditions: Conditions) -> list[Tensor]:
+    values = (getattr(conditions, field.name) for field in fields(conditions))
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Records the work that is given to the accelerator inside, instead of doing it.
+
+    As `torch.cuda.graph`, without its emptying of caches, which every new length of a prompt would pay for, and
+    without its ban on what other threads do meanwhile: loaders copy batches.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+class _Releasable(Protocol):
+    def release(self) -> None: ...
+
+
+R = TypeVar("R", bound=_Releasable)
+
+
+class Recordings(Generic[R]):
+    """Recordings by what calls have in common; the first call of a kind is never recorded, the second is.
+
+    What has to be compiled, and the plans that libraries make for a new shape, come with the first call.
+    """
+
+    def __init__(self, kept: int = KEPT):
+        """Takes how many to keep; the one that was used longest ago goes first."""
+        self._kept = kept
+        self._seen: set[Hashable] = set()
+        self._recorded: OrderedDict[Hashable, R] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def find(self, key: Hashable, record: Callable[[], R]) -> R | None:
+        """Returns the recording for `key`, made by `record` at the second call; None at the first."""
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        if key not in self._recorded:
+            while len(self._recorded) >= self._kept:
+                self._recorded.popitem(last=False)[1].release()
+            self._recorded[key] = record()
+        self._recorded.move_to_end(key)
+        return self._recorded[key]

@@ -32,8 +32,8 @@ def configure(command: str, **settings: Any) -> Any:
     require(command in COMMANDS, f"There is no command {command!r}: use one of {', '.join(COMMANDS)}.")
     try:
         return parse(command, [f"--{name}={_written(value)}" for name, value in settings.items()])
-    except SystemExit as stop:  # a flag that prints and ends, such as help=True
-        raise UserError(f"Not all of {', '.join(settings)} can be set here: leave out help and print_config.") from stop
+    except SystemExit as stop:  # of the one flag that prints and ends
+        raise UserError("There is nothing to print here: leave out print_config, the settings are returned.") from stop
 
 
 def _written(value: Any) -> str:

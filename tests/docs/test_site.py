@@ -1,0 +1,67 @@
+"""The site builds, strictly, and what is generated is in it."""
+
+import html
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+import vflora
+from vflora.cli import COMMANDS, config_groups
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, timeout=250
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def text_of(site, page):
+    return html.unescape(re.sub(r"<[^>]+>", "", (site / page / "index.html").read_text()))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_reference_has_every_flag_of_a_command(site, command):
+    page = text_of(site, "reference")
+    part = page[page.index(f"\nvflora {command}") :]
+    module = __import__(COMMANDS[command].module, fromlist=[COMMANDS[command].config])
+    for group in config_groups(getattr(module, COMMANDS[command].config)):
+        for name in get_type_hints(group):
+            assert f"--{name}\n" in part, name
+
+
+def test_the_python_page_documents_every_public_name_with_its_arguments(site):
+    page = text_of(site, "python")
+    assert [name for name in vflora.__all__ if name not in page] == ["__version__"]
+    assert "starting noise, drawn on the CPU" in page  # of generate_video's seed
+
+
+def test_formulas_are_drawn_by_the_browser_itself(site):
+    page = (site / "recipe" / "index.html").read_text()
+    assert page.count("<math") >= 5
+    assert "\\frac" not in page
+
+
+def test_the_table_of_the_readme_is_on_the_memory_page(site):
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| low_memory"))
+    page = text_of(site, "memory")
+    assert all(cell.strip(" `") in page for cell in row.strip("|").split("|"))
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    for page in site.rglob("index.html"):
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]+src="([^"]+)"|<link[^>]+rel="stylesheet"[^>]+href="([^"]+)"', page.read_text()
+        )
+        assert [place for pair in loaded for place in pair if place.startswith(("http", "//"))] == []

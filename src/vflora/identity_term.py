@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vflora.config import IdentityConfig
+from vflora.distributed.strips import Strips
 from vflora.losses import frame_buckets, identity_loss
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.video_vae import decode_frames
@@ -45,6 +46,7 @@ class IdentityTerm:
         *,
         recompute: bool = True,
         tile: int | None = None,
+        strips: Strips | None = None,
     ):
         """Takes the frozen VAE and embedder.
 
@@ -54,9 +56,10 @@ class IdentityTerm:
             embedder: DINOv3 with its projection head.
             recompute: whether the decoder's activations are computed again in the backward pass.
             tile: side of the decoder's tiles in pixels; None for whole frames.
+            strips: processes that share a sample and so the decoding of it.
         """
         self.config, self.vae, self.embedder = config, vae, embedder
-        self._recompute, self._tile = recompute, tile
+        self._recompute, self._tile, self._strips = recompute, tile, strips
 
     def gradient(
         self, clean: Tensor, anchors: Tensor, *key: int | str, clock: StepClock | None = None
@@ -78,7 +81,12 @@ class IdentityTerm:
         with torch.enable_grad():
             with clock.part("decode"):
                 pixels = decode_frames(
-                    self.vae, self._shrunk(clean), chosen.tolist(), checkpointed=self._recompute, tile=self._tile
+                    self.vae,
+                    self._shrunk(clean),
+                    chosen.tolist(),
+                    checkpointed=self._recompute,
+                    tile=self._tile,
+                    strips=self._strips,
                 )
             seen = pixels.detach().requires_grad_()
             frames = self.embedder.embed(seen.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clean), -1))

@@ -15,6 +15,7 @@ from vflora.checkpoint import find_checkpoint, read_state, read_tensors, verify_
 from vflora.data.pipeline import TrainLoader
 from vflora.data.schema import DataSet
 from vflora.data.validation import ValidationLoader
+from vflora.distributed.strips import Strips
 from vflora.distributed.world import ALONE, World, require_divisible
 from vflora.errors import UserError
 from vflora.flow import sampling_sigmas
@@ -187,6 +188,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             embedder,
             recompute=settings.speed.id_decode_recompute,
             tile=settings.speed.id_decode_tile,
+            strips=Strips.of(world),
         ),
         optimizer=optimizer,
         source=source,

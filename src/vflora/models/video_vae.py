@@ -24,6 +24,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
 )
 from torch import Tensor
 
+from vflora.distributed.strips import Strips
 from vflora.models.light_decoder import LightDecoder, normed_conv
 
 _RESNET_BORDER = 2  # two 3x3 convolutions
@@ -71,6 +72,7 @@ def decode_frames(
     frames: Sequence[int] | Tensor | None = None,
     checkpointed: bool = False,
     tile: int | None = None,
+    strips: Strips | None = None,
 ) -> Tensor:
     """Decodes the wanted frames of a video; gradients flow back to the latents.
 
@@ -82,6 +84,8 @@ def decode_frames(
             also when the VAE is in eval mode.
         tile: side of the square tiles, in pixels of the frame, that the last and largest layers work in; None for
             whole frames. Implies `checkpointed` and gives the same result with far less memory.
+        strips: processes that share the work and call this with the same latents; all of them get the frames, and,
+            if all go on with them alike, the gradient.
 
     Returns:
         Frames [B, 3, K, H, W] in about [-1, 1], fp32.
@@ -99,16 +103,30 @@ def decode_frames(
             raise IndexError(f"frames must lie between 0 and {last}, not {wanted.tolist()}")
         latents = latents[:, :, : latent_frames_for(wanted, ratio)]
     unscaled = (latents / vae.config["scaling_factor"]).to(vae.dtype)
-    if checkpointed or tile is not None:
-        video = _decode_recomputed(vae.decoder, unscaled, tile)
-    else:
-        video = vae.decoder(unscaled)
-    if frames is None:
-        return video.float()
-    if wanted.ndim == 1:
-        return video[:, :, wanted].float()
-    index = wanted[:, None, :, None, None].expand(-1, video.shape[1], -1, *video.shape[3:])
-    return video.gather(2, index).float()
+    recompute = checkpointed or tile is not None
+    if recompute and any(p.requires_grad for p in vae.decoder.parameters()):
+        raise ValueError("freeze the VAE (vae.requires_grad_(False)) before a checkpointed or tiled decode")
+    stages = _staged(vae.decoder, tile)
+
+    def run(x: Tensor, stages: Sequence[_Stage]) -> Tensor:
+        for stage in stages:
+            x = cast(Tensor, _Recomputed.apply(x, stage, tile)) if recompute else stage.run(x)
+        return x
+
+    def choose(video: Tensor) -> Tensor:
+        if frames is None or wanted.ndim == 1:
+            return video if frames is None else video[:, :, wanted]
+        index = wanted[:, None, :, None, None].expand(-1, video.shape[1], -1, *video.shape[3:])
+        return video.gather(2, index)
+
+    local = next(i for i, stage in enumerate(stages) if stage.border is not None)
+    tail = _merged(stages[local:])
+    x = run(unscaled, stages[:local])
+    strip = strips and strips.strip(x, cast(int, tail.border))
+    if strips is None or strip is None:
+        return choose(run(x, stages[local:])).float()
+    part = choose(run(strips.cut(x, strip), stages[local:]))
+    return strips.join(part, strip, tail.scale, x.shape[strip.dim] * tail.scale).float()
 
 
 @torch.no_grad()
@@ -173,17 +191,14 @@ def _up_blocks(decoder: HunyuanVideo15Decoder3D) -> list[HunyuanVideo15UpBlock3D
     return cast(list[HunyuanVideo15UpBlock3D], list(decoder.up_blocks))
 
 
-def _decode_recomputed(decoder: HunyuanVideo15Decoder3D, x: Tensor, tile: int | None) -> Tensor:
-    if any(p.requires_grad for p in decoder.parameters()):
-        raise ValueError("freeze the VAE (vae.requires_grad_(False)) before a checkpointed or tiled decode")
+def _staged(decoder: HunyuanVideo15Decoder3D, tile: int | None) -> list[_Stage]:
+    """The decoder as a list of stages, the last and largest ones in one if they work in tiles."""
     spatial = 2 ** sum(1 for block in _up_blocks(decoder) if block.upsamplers is not None)
     stages = _decoder_stages(decoder, spatial)
     if tile is not None:
         first = len(stages) - 1 - sum(_layers(block) for block in _up_blocks(decoder)[-_TILED_BLOCKS:])
         stages = [*stages[:first], _merged(stages[first:])]
-    for stage in stages:
-        x = _Recomputed.apply(x, stage, tile)
-    return x
+    return stages
 
 
 def _layers(block: HunyuanVideo15UpBlock3D) -> int:

@@ -45,6 +45,13 @@ def test_the_headline_is_honest_about_a_lora_that_makes_it_worse(tmp_path, make_
     assert "0 of 1 clips are closer" in html
 
 
+def test_a_difference_that_is_nothing_is_called_nothing(tmp_path, make_comparison):
+    html = write_page(make_comparison(tmp_path, gains=(("Momo", 0.0004),)), tmp_path).read_text()
+    assert re.search(r"as close to\s+their picture as\s+with the base model", html)
+    assert '<b class="same">±0.00</b>' in html
+    assert "closer to" not in html
+
+
 def test_the_numbers_lie_beside_the_page(page):
     data = json.loads((page.parent / "index.json").read_text())
     assert data["best_scale"] == 0.5

@@ -42,7 +42,7 @@ def scrub_to(browser, frame):
 
 
 def test_every_video_decodes_and_the_page_asks_nobody_and_complains_about_nothing(desktop):
-    sizes = desktop.evaluate(f"{SHOWN}.map(v => [v.videoWidth, v.videoHeight, v.duration, v.error])")
+    sizes = desktop.evaluate(f"{ALL}.map(v => [v.videoWidth, v.videoHeight, v.duration, v.error])")
     assert sizes == [[320, 240, FRAMES / FPS, None]] * 9
     assert desktop.complaints == []
     assert {url.split(":")[0] for url in desktop.requests} <= {"file", "data", "blob"}
@@ -145,6 +145,16 @@ def test_on_a_phone_base_and_one_scale_stand_side_by_side_and_nothing_sticks_out
     assert tops[0] == tops[1]
     browser.wait("[...document.querySelectorAll('.clip.focus video')].slice(0, 2).every(v => v.readyState >= 2)")
     assert browser.complaints == []
+
+
+def test_on_a_tablet_no_caption_runs_into_the_next(browser, tmp_path, make_comparison):
+    wide = write_page(make_comparison(tmp_path, gains=(("Momo", 0.5),), scales=(0.5, 1.0)), tmp_path)
+    browser.open(wide, width=740, height=900, prefers_reduced_motion="reduce")
+    browser.evaluate("void document.querySelector('.clips').style.setProperty('--columns', 5)")
+    parts = "[...f.children].map(e => e.getBoundingClientRect())"
+    inside = f"{parts}.every(b => b.right <= f.parentNode.getBoundingClientRect().right + 0.5)"
+    assert browser.evaluate(f"[...document.querySelectorAll('figcaption')].every(f => {inside})")
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def contrast(browser, selector):

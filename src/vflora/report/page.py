@@ -24,6 +24,8 @@ from vflora.video_io import enlarge, read_mp4, write_mp4
 
 _SMALL_SIDE = 320
 """Pictures and videos of which two or more fit into this are enlarged to it, pixel by pixel."""
+_LEAST_BAR = 0.05
+"""Gain that fills a bar of the table where no gain is larger, so that noise looks like noise."""
 _ENCODINGS = ((480, 20), (480, 25), (416, 28), (352, 30), (288, 32), (224, 34))
 """Longest side and quality to try, one after the other, until the page is small enough."""
 
@@ -76,6 +78,7 @@ def render_page(comparison: Comparison, videos: dict[Path, bytes], posters: dict
     environment.filters |= {
         "cosine": _cosine,
         "signed": _signed,
+        "change": _change,
         "percent": _percent,
         "short": _short,
         "scale": scale_name,
@@ -93,7 +96,7 @@ def render_page(comparison: Comparison, videos: dict[Path, bytes], posters: dict
         picture=lambda row: _data_uri(Image.open(row.picture), _SMALL_SIDE),
         poster=lambda clip: posters[clip.path],
         mp4=lambda clip: Markup(base64.b64encode(videos[clip.path]).decode()),
-        widest=max(1e-9, *(abs(row.gain(scale)) for row in comparison.rows for scale in comparison.scales)),
+        widest=max(_LEAST_BAR, *(abs(row.gain(scale)) for row in comparison.rows for scale in comparison.scales)),
         frames=len(comparison.rows[0].clips[0].scores.identity.cosines),
         has_flow=comparison.rows[0].clips[0].scores.motion.flow is not None,
     )
@@ -139,6 +142,13 @@ def _cosine(value: float) -> str:
 def _signed(value: float) -> str:
     text = f"{value:+.2f}"
     return "±0.00" if float(text) == 0 else text.replace("-", "−")
+
+
+def _change(value: float) -> str:
+    """Returns gain, loss, or same where the difference is nothing in the digits that are shown."""
+    if round(value, 2) == 0:
+        return "same"
+    return "gain" if value > 0 else "loss"
 
 
 def _percent(ratio: float) -> str:

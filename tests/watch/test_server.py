@@ -72,6 +72,18 @@ def test_a_player_may_ask_for_a_part_of_a_clip(ask, run_folder):
     assert (status, int(headers["Content-Length"]), body) == (200, len(whole), b"")
 
 
+def test_a_comparison_in_the_folder_of_the_run_can_be_opened_from_the_page(run_folder, ask):
+    page = run_folder / "comparison" / "index.html"
+    page.parent.mkdir()
+    page.write_text("<!doctype html><title>whole</title>")
+    assert b"Comparisons" not in ask("/")[2]  # without its numbers it is some other page
+    (page.parent / "index.json").write_text("{}")
+    address = re.search(r'href="(/file/[0-9a-f]+)" target="_blank" rel="noopener">comparison<', ask("/")[2].decode())
+    status, headers, body = ask(address.group(1))
+    assert (status, body) == (200, page.read_bytes())
+    assert headers["Content-Type"].startswith("text/html")
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -7,8 +7,8 @@ from vflora.world.characters import character_count, character_name, split_ids, 
 
 
 def test_every_character_has_its_own_name():
-    for domain, count in (("geometric", 48), ("creatures", 1600)):
-        names = {character_name(k, domain=domain) for k in range(character_count(domain))}
+    for domain, count in (("geometric", 480), ("creatures", 1600)):
+        names = {character_name(k, domain=domain) for k in range(count)}
         assert len(names) == count
         assert all(name == name.lower() and name.replace(" ", "").isalpha() for name in names)
 
@@ -18,13 +18,21 @@ def test_the_splits_of_the_creatures_share_nobody():
     assert set.union(*parts) == set(range(1600))
     assert sum(map(len, parts)) == 1600
     assert split_ids("geometric", "test") == split_ids("geometric", "train") == range(48)
+    assert split_ids("geometric", "general") == range(character_count("geometric")) == range(1920)
+
+
+def test_bent_namesakes_look_unlike_the_true_shape_and_each_other():
+    stars = [draw_character(48 * k + 12, domain="geometric", size=32)[0, 3].flatten() for k in range(12)]
+    distance = torch.cdist(torch.stack(stars), torch.stack(stars)) + torch.eye(12) * 1e3
+    assert distance.min() > 2
+    assert character_name(12, domain="geometric") == character_name(480 + 12, domain="geometric")
 
 
 @pytest.mark.parametrize("domain", ["geometric", "creatures"])
 def test_a_drawing_is_centred_bold_and_within_the_unit_circle(domain):
     axis = (torch.arange(64) + 0.5) / 32 - 1
     away = torch.hypot(axis[None], axis[:, None])
-    for character in range(0, 48, 4):
+    for character in [*range(0, 48, 4), *range(100, 1600, 125)]:
         rgba = draw_character(character, domain=domain)
         assert rgba.shape == (2, 4, 64, 64)
         alpha = rgba[:, 3]
@@ -53,5 +61,5 @@ def test_the_colour_word_is_the_colour_of_the_body():
 
 
 def test_an_unknown_character_is_refused():
-    with pytest.raises(UserError, match="use 0 to 47"):
-        traits_of(48, domain="geometric")
+    with pytest.raises(UserError, match="use 0 to 1919"):
+        traits_of(1920, domain="geometric")

@@ -183,5 +183,5 @@ def test_bad_requests_say_what_to_do():
         sample_scenes(0, domain="creatures", split="train", generator=generator)
     with pytest.raises(UserError, match="16 or more"):
         render(draw("geometric", count=1), size=8)
-    with pytest.raises(UserError, match="0 to 47"):
-        render_stills(torch.tensor([48]), domain="geometric", generator=generator)
+    with pytest.raises(UserError, match="0 to 1919"):
+        render_stills(torch.tensor([1920]), domain="geometric", generator=generator)

@@ -39,43 +39,57 @@ NICKNAMES = (
     "tiggle", "tumtum", "twill", "waddle", "wibble", "wompo", "yakko", "yoyo", "zibbit", "zuzu",
 )  # fmt: skip
 
-_SIZES: dict[Domain, int] = {"geometric": len(SHAPES) * len(PATTERNS), "creatures": 1600}
-_CREATURE_SPLITS: dict[Split, range] = {
-    "train": range(0, 384),
-    "dev": range(384, 448),
-    "test": range(448, 576),
-    "general": range(576, 1600),
+PLAIN_GEOMETRIC = len(SHAPES) * len(PATTERNS)
+"""The 48 geometric characters of true shape; those after them are bent and stretched."""
+
+_SPLITS: dict[Domain, dict[Split, range]] = {
+    "geometric": {
+        "train": range(PLAIN_GEOMETRIC),
+        "dev": range(PLAIN_GEOMETRIC),
+        "test": range(PLAIN_GEOMETRIC),
+        "general": range(40 * PLAIN_GEOMETRIC),
+    },
+    "creatures": {
+        "train": range(0, 384),
+        "dev": range(384, 448),
+        "test": range(448, 576),
+        "general": range(576, 1600),
+    },
 }
 
 
 def character_count(domain: Domain) -> int:
-    """Returns how many characters a domain has: 48 geometric ones, 1,600 creatures."""
-    if domain not in _SIZES:
+    """Returns how many characters a domain has: 1,920 geometric ones, 1,600 creatures."""
+    if domain not in _SPLITS:
         raise UserError(f"there is no domain {domain!r}: use geometric or creatures.")
-    return _SIZES[domain]
+    return _SPLITS[domain]["general"].stop
 
 
 def split_ids(domain: Domain, split: Split) -> range:
     """Returns the characters of a split.
 
     Creatures are split by identity: `train` for LoRA and head, `dev` for tuning, `test` for grading, and
-    `general` for whatever must know creatures in general without having met those (VAE, DINOv3, grader). The
-    geometric characters are all in every split.
+    `general` for whatever must know creatures in general without having met those (VAE, grader). Of the geometric
+    characters, the 48 of true shape are in every split, and `general` has all the bent ones too.
 
     Raises:
         UserError: for an unknown domain or split.
     """
-    everyone = range(character_count(domain))
-    if split not in _CREATURE_SPLITS:
+    character_count(domain)
+    if split not in _SPLITS[domain]:
         raise UserError(f"there is no split {split!r}: use train, dev, test or general.")
-    return everyone if domain == "geometric" else _CREATURE_SPLITS[split]
+    return _SPLITS[domain][split]
 
 
 def character_name(character: int, *, domain: Domain) -> str:
-    """Returns the unique name, for example "teal striped star" or "gold spotted momo"."""
+    """Returns the name, for example "teal striped star" or "gold spotted momo".
+
+    It is unique but for geometric characters from number 480 on, who are the bent namesakes of earlier ones.
+    """
     if domain == "geometric":
-        shape, pattern = divmod(character, len(PATTERNS))
-        colour = (3 * shape + 7 * pattern) % len(COLOURS)
+        variant, plain = divmod(character, PLAIN_GEOMETRIC)
+        shape, pattern = divmod(plain, len(PATTERNS))
+        colour = (3 * shape + 7 * pattern + variant) % len(COLOURS)
         return f"{list(COLOURS)[colour]} {PATTERNS[pattern]} {SHAPES[shape]}"
     mark, generation = character % 40, character // 40
     colour, pattern = mark % 10, mark // 10
@@ -88,11 +102,13 @@ class Traits:
     """What a character looks like, apart from the outline of its body.
 
     Attributes:
+        bent: whether its shape is bent and stretched at random.
         colour, pattern, body: the words of its name.
         main, accent, pale, ink: colours of the body, of pattern and limbs, of belly, of outline and eyes.
         rng: a generator for everything else; it is at the same state for the same character.
     """
 
+    bent: bool
     colour: str
     pattern: str
     body: str
@@ -122,6 +138,7 @@ def traits_of(character: int, *, domain: Domain) -> Traits:
     accent_lightness = lightness - 0.2 if lightness > 0.52 else lightness + 0.26
     accent = from_hls(hue + turn, accent_lightness, 0.68)
     return Traits(
+        domain == "geometric" and character >= PLAIN_GEOMETRIC,
         colour,
         pattern,
         body,

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from transformers import DINOv3ViTModel
 
 from vflora.random_streams import keyed_generator, keyed_seed
-from vflora.world.characters import character_count
+from vflora.world.characters import split_ids
 from vflora.world.models import IMAGENET_MEAN, IMAGENET_STD, WorldSizes, build_dino, save_dino
 from vflora.world.renderer import render_stills
 from vflora.world.training_loop import Clock, LoopSettings, StageRun
@@ -50,7 +50,7 @@ class Stills:
 
     def __init__(self, count: int, *, size: int, device: torch.device, seed: int) -> None:
         """Renders `count` pictures of each character."""
-        names = torch.arange(character_count("geometric"))
+        names = torch.tensor(split_ids("geometric", "train"))
         pictures = []
         for index in range(count):
             generator = keyed_generator(seed, "stills", index)

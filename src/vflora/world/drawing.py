@@ -8,7 +8,9 @@ for the two limb phases.
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
+from copy import copy
 from typing import TypeAlias
 
 import torch
@@ -36,6 +38,21 @@ class Canvas:
         self.x, self.y = axis.view(1, 1, size) + middle[0], axis.view(1, size, 1) + middle[1]
         self.rgba = torch.zeros(phases, 4, size, size)
         self._texels_per_unit = size / (2 * zoom)
+
+    def bent(self, width: float, height: float, wave: float, turns: float, phase: float) -> Canvas:
+        """Returns this canvas with other coordinates: what is measured on it comes out bent and stretched.
+
+        Args:
+            width: how much wider shapes become.
+            height: how much higher.
+            wave: how much the width swings along the height, as a share; left and right stay alike.
+            turns: swings from the middle to an end.
+            phase: of the swing.
+        """
+        other = copy(self)
+        other.y = self.y / height
+        other.x = self.x / (width * (1 + wave * torch.sin(math.pi * turns * other.y + phase)))
+        return other
 
     def cover(self, distance: Tensor) -> Tensor:
         """Returns how much of each texel the shape covers, 0 to 1."""

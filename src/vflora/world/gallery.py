@@ -16,6 +16,7 @@ from vflora.random_streams import keyed_generator
 from vflora.video_io import frame_grid, to_uint8_frames, write_mp4
 from vflora.world.characters import (
     PATTERNS,
+    PLAIN_GEOMETRIC,
     SHAPES,
     Domain,
     Split,
@@ -88,10 +89,16 @@ def run(config: RenderConfig) -> None:
 
 
 def draw_sheet(domain: Domain) -> Image.Image:
-    """Draws the sprite sheet of a domain: all geometric characters, or a selection of creatures from each split."""
+    """Draws the sprite sheet of a domain: each geometric shape true and bent, or creatures from each split."""
     if domain == "geometric":
-        rows = [(name, range(k * len(PATTERNS), (k + 1) * len(PATTERNS))) for k, name in enumerate(SHAPES)]
-        subtitle = f"All {character_count(domain)} characters of the base domain, each in both limb phases."
+        rows = []
+        for shape, name in enumerate(SHAPES):
+            true = range(shape * len(PATTERNS), (shape + 1) * len(PATTERNS))
+            rows.append((name, [*true, *(PLAIN_GEOMETRIC * (1 + k) + character for k, character in enumerate(true))]))
+        subtitle = (
+            f"The {PLAIN_GEOMETRIC} characters of true shape, and some of the {character_count(domain) - PLAIN_GEOMETRIC:,} bent ones, "
+            "each in both limb phases."
+        )
         return sprite_sheet(rows, domain=domain, title="Geometric characters", subtitle=subtitle)
     rows = []
     splits: tuple[Split, ...] = ("train", "dev", "test", "general")

@@ -18,8 +18,12 @@ _SPOTS = (
 
 
 def draw_geometric(canvas: Canvas, traits: Traits) -> None:
-    """Draws a geometric character in both limb phases."""
-    body = _body(canvas, traits.body)
+    """Draws a geometric character in both limb phases; see `Traits.bent`."""
+    dice = traits.rng.uniform
+    frame = canvas
+    if traits.bent:
+        frame = canvas.bent(dice(0.7, 1.25), dice(0.7, 1.2), dice(0.0, 0.4), dice(0.5, 2.5), dice(0.0, math.tau))
+    body = _body(frame, traits.body)
     step = swing()
     limbs = []
     for side in (-1, 1):
@@ -29,6 +33,11 @@ def draw_geometric(canvas: Canvas, traits: Traits) -> None:
     paint_outlined(canvas, union(*limbs), mix(traits.accent, traits.ink, 0.15), traits.ink)
     paint_outlined(canvas, body, traits.main, traits.ink)
     paint_pattern(canvas, body, traits, belly=0.26, band=0.26, spots=_SPOTS)
+    if traits.bent:
+        apart, high, radius = dice(0.13, 0.22), dice(-0.22, 0.0), dice(0.1, 0.19)
+        paint_eyes(canvas, traits, [(-apart, high), (apart, high)], radius, look=traits.rng.choice((-0.2, 0.0, 0.2)))
+        paint_mouth(canvas, traits, traits.rng.choice(("smile", "fang", "beak", "round")), high + 0.26, 0.14)
+        return
     paint_eyes(canvas, traits, [(-0.21, -0.1), (0.21, -0.1)], 0.175, look=0.0)
     paint_mouth(canvas, traits, "smile", 0.16, 0.14)
 

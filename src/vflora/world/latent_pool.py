@@ -12,7 +12,7 @@ from transformers import SiglipVisionModel
 
 from vflora.random_streams import keyed_generator, keyed_seed
 from vflora.types import Conditions
-from vflora.world.characters import Domain, character_name
+from vflora.world.characters import Domain, Split, character_name
 from vflora.world.renderer import render
 from vflora.world.scenes import Scenes, sample_scenes
 from vflora.world.scenes import prompts as prompts_of
@@ -94,7 +94,7 @@ def _captions(scenes: Scenes) -> list[str]:
 
 
 class LatentPool:
-    """Clips of the train split, drawn in batches whose prompts are of one length."""
+    """Clips of one domain and split, drawn in batches whose prompts are of one length."""
 
     def __init__(
         self,
@@ -106,6 +106,7 @@ class LatentPool:
         device: torch.device,
         seed: int,
         domain: Domain = "geometric",
+        split: Split = "train",
         still: bool = False,
     ) -> None:
         """Renders and encodes `count` clips with the pipeline's VAE and encoders, which move to `device`.
@@ -118,7 +119,7 @@ class LatentPool:
             scenes = sample_scenes(
                 min(_CHUNK, count - chunk * _CHUNK),
                 domain=domain,
-                split="train",
+                split=split,
                 generator=keyed_generator(seed, "base clips", chunk),
                 frames=frames,
             )

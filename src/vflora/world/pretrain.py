@@ -55,6 +55,8 @@ class PretrainConfig:
     """Samples per step; 0 for the stage's own."""
     pool: int = 0
     """Clips held in memory, or for dino stills per character; 0 for the stage's own."""
+    base_split: Literal["train", "general"] = "general"
+    """Whom the base sees: train, the 48 geometric characters of true shape; general, the 1,920 with the bent ones."""
     gate_clips: int = 128
     """Clips that the gates measure per domain."""
     sampling_steps: int = 30
@@ -114,7 +116,8 @@ def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:
                 **common,
             )
         else:
-            train_base(sizes, _sized(BaseTraining(), config), **common)
+            settings = replace(BaseTraining(), split=config.base_split)
+            train_base(sizes, _sized(settings, config), **common)
             _measure_base(sizes, config, device)
 
 

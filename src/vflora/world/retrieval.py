@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vflora.random_streams import keyed_generator
-from vflora.world.characters import Domain, character_count, split_ids
+from vflora.world.characters import PLAIN_GEOMETRIC, Domain, split_ids
 from vflora.world.grader import Grader, render_anywhere
 
 
@@ -56,10 +56,9 @@ class Lineup:
 
 @torch.no_grad()
 def make_lineup(grader: Grader, *, domain: Domain, pictures: int = 8, seed: int = 0, size: int = 64) -> Lineup:
-    """Embeds all geometric characters, or the 576 creatures of train, dev and test."""
+    """Embeds the first 480 geometric characters, or the 576 creatures of train, dev and test."""
     device = next(grader.parameters()).device
-    count = character_count(domain) if domain == "geometric" else split_ids(domain, "test").stop
-    characters = torch.arange(count)
+    characters = torch.arange(10 * PLAIN_GEOMETRIC if domain == "geometric" else split_ids(domain, "test").stop)
     vectors = []
     for number in range(pictures):
         generator = keyed_generator(seed, "lineup", domain, number)

@@ -16,7 +16,7 @@ def on_page_markdown(markdown: str, **_options: Any) -> str:
 
 
 def section(heading: str) -> str:
-    """Returns what stands below a heading of the second level.
+    """Returns what stands below a heading of the second level, its links as seen from the pages.
 
     Raises:
         LookupError: if the README has no such heading.
@@ -26,4 +26,4 @@ def section(heading: str) -> str:
     )
     if found is None:
         raise LookupError(f"the README has no section {heading!r}: correct the page that asks for it")
-    return found[1].strip()
+    return found[1].strip().replace("](docs/", "](")

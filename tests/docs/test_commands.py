@@ -154,6 +154,7 @@ def test_every_flag_that_a_sentence_names_exists(page):
     assert shown - ours - {flag.replace("-", "_") for flag in theirs} - {"x", "no_x"} == set()
 
 
+@pytest.mark.slow
 def test_every_block_for_the_small_models_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "src").symlink_to(ROOT / "src")  # readers are in the folder of the project

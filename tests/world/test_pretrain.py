@@ -13,6 +13,7 @@ from vflora.sampling import generate_video
 from vflora.world.base_training import draw_sigmas
 from vflora.world.clip_pool import ClipPool
 from vflora.world.dino_training import augment, info_nce, repaint
+from vflora.world.grader import Grader, load_grader
 from vflora.world.latent_pool import encode_clips
 from vflora.world.models import WorldSizes
 from vflora.world.pretrain import PretrainConfig, run
@@ -115,6 +116,11 @@ def test_a_resumed_stage_goes_on_where_it_stopped(world, stage, tmp_path):
 def test_a_base_without_a_vae_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match="--stage vae"):
         run(config(tmp_path, stage="base"), SIZES)
+
+
+def test_the_grader_is_a_stage_of_its_own(tmp_path):
+    run(PretrainConfig(tmp_path / "world", stage="grader", max_steps=1, device="cpu"))
+    assert load_grader(tmp_path / "world" / "grader.safetensors").widths == Grader().widths
 
 
 def test_the_command_line_ends_with_one_sentence(tmp_path, capsys):

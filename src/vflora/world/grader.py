@@ -6,6 +6,7 @@ which a LoRA is trained, tuned and graded are as new to it as to everybody else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,24 +24,26 @@ from vflora.random_streams import keyed_generator, keyed_seed
 from vflora.world.characters import Domain, split_ids
 from vflora.world.renderer import render, still_scenes
 
-_FORMAT = "vflora world grader 1"
-_WIDTHS = (32, 64, 128, 192, 256)
+_FORMAT = "vflora world grader 2"
+_WIDTHS = (24, 48, 72, 96, 128)
 _OUTPUT = 128
+GRADER_STEPS = 2500
 _PICTURES_PER_CHARACTER = 4
 _SETTLING_BATCHES = 8
 
 
 class Grader(nn.Module):
-    """A small residual network from frames to unit vectors."""
+    """A small residual network from frames to unit vectors; `widths` are those of its levels."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int] = _WIDTHS) -> None:
         super().__init__()
+        self.widths = tuple(widths)
         layers: list[nn.Module] = []
-        for wide, wider in zip((3, *_WIDTHS[:-1]), _WIDTHS, strict=True):
+        for wide, wider in zip((3, *widths[:-1]), widths, strict=True):
             layers += [nn.Conv2d(wide, wider, 3, padding=1, bias=False), nn.AvgPool2d(2), _Residual(wider)]
         self.body = nn.Sequential(*layers)
         # centring each coordinate keeps the vectors of a fresh network from all being the same
-        self.head = nn.Sequential(nn.Linear(2 * _WIDTHS[-1], _OUTPUT), nn.BatchNorm1d(_OUTPUT))
+        self.head = nn.Sequential(nn.Linear(2 * widths[-1], _OUTPUT), nn.BatchNorm1d(_OUTPUT))
 
     def embed(self, images: Tensor) -> Tensor:
         """Maps [B, 3, H, W] in [-1, 1], H and W 32 or more, to unit vectors [B, 128]."""
@@ -69,7 +72,7 @@ class _Residual(nn.Module):
 
 
 def train_grader(
-    steps: int = 2500,
+    steps: int = GRADER_STEPS,
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -84,7 +87,7 @@ def train_grader(
         steps: of so many characters with 4 pictures each.
         device: where to train.
         seed: of weights and pictures.
-        characters: in a step, one in eight of them geometric.
+        characters: in a step, one in four of them geometric.
         learning_rate: peak of the one-cycle schedule.
 
     Returns:
@@ -120,7 +123,7 @@ def train_grader(
 def _draw_batch(step: int, seed: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = keyed_generator(seed, "grader", step)
     pictures, labels = [], []
-    shares: tuple[tuple[Domain, int], ...] = (("geometric", count // 8), ("creatures", count - count // 8))
+    shares: tuple[tuple[Domain, int], ...] = (("geometric", count // 4), ("creatures", count - count // 4))
     for domain, share in shares:
         ids = split_ids(domain, "general")
         chosen = torch.randperm(len(ids), generator=generator)[:share] + ids.start
@@ -170,7 +173,7 @@ def save_grader(grader: Grader, path: str | Path) -> None:
         name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in grader.state_dict().items()
     }
-    save_file(weights, path, metadata={"format": _FORMAT})
+    save_file(weights, path, metadata={"format": _FORMAT, "widths": " ".join(map(str, grader.widths))})
 
 
 def load_grader(path: str | Path, *, device: torch.device | str = "cpu") -> Grader:
@@ -181,11 +184,12 @@ def load_grader(path: str | Path, *, device: torch.device | str = "cpu") -> Grad
     """
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != _FORMAT:
+            header = file.metadata() or {}
+            if header.get("format") != _FORMAT:
                 raise UserError(f"{path} holds no grader of this version: train one with `train_grader`.")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the grader {path} cannot be read ({error}): train one with `train_grader`.") from error
-    grader = Grader()
+    grader = Grader([int(width) for width in header["widths"].split()])
     grader.load_state_dict(weights)
     return grader.to(device).eval().requires_grad_(False)

@@ -5,30 +5,34 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPipeline
 
+from vflora.atomic import replace_file
 from vflora.devices import torch_device
 from vflora.errors import UserError
 from vflora.world.base_training import BaseTraining, train_base
 from vflora.world.characters import Domain, Split
 from vflora.world.dino_training import DinoTraining, train_dino
 from vflora.world.gates import gate_clips, motion_gate, sample_videos, save_grid, vae_gate
+from vflora.world.grader import GRADER_STEPS, save_grader, train_grader
 from vflora.world.models import WorldSizes
 from vflora.world.training_loop import Clock
 from vflora.world.vae_training import VaeTraining, make_fast, train_vae
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["vae", "dino", "base", "all"]
+Stage = Literal["vae", "dino", "base", "grader", "all"]
 _STAGES: dict[Stage, tuple[Stage, ...]] = {
     "vae": ("vae",),
     "dino": ("dino",),
     "base": ("base",),
-    "all": ("vae", "dino", "base"),
+    "grader": ("grader",),
+    "all": ("vae", "dino", "base", "grader"),
 }
 _GATE_SETS: tuple[tuple[Domain, Split], ...] = (("geometric", "dev"), ("creatures", "dev"))
 
@@ -40,9 +44,10 @@ class PretrainConfig:
     output: Path
     """Folder of the world: a diffusers pipeline, with DINOv3 in dino/ and the records of training in training/."""
     stage: Stage = "all"
-    """What to train: vae, dino, base (which needs the vae), or all in this order."""
+    """What to train: vae, dino, base (which needs the vae), grader (which needs nobody), or all in this order."""
     minutes: float = 7.0
-    """Time of each stage, preparations included; the learning rate follows it down to zero."""
+    """Time of each stage, preparations included; the learning rate follows it down to zero. The grader takes as long
+    as its 2,500 steps do."""
     resume: bool = False
     """Go on from the weights and the state in the output folder."""
     compile: bool = True
@@ -115,6 +120,10 @@ def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:
                 ),
                 **common,
             )
+        elif stage == "grader":
+            config.output.mkdir(parents=True, exist_ok=True)
+            grader = train_grader(config.max_steps or GRADER_STEPS, device=device, seed=config.seed)
+            replace_file(config.output / "grader.safetensors", partial(save_grader, grader))
         else:
             settings = replace(BaseTraining(), split=config.base_split)
             train_base(sizes, _sized(settings, config), **common)

@@ -71,6 +71,12 @@ COMMANDS: dict[str, Command] = {
     "bench accuracy": Command(
         "what each approximation costs in exactness", "vflora.bench.accuracy", "BenchAccuracySettings"
     ),
+    "bench attention": Command(
+        "attention kernels against fp32 arithmetic, and their speed", "vflora.bench.attention", "BenchAttentionConfig"
+    ),
+    "bench parallel": Command(
+        "what several GPUs are worth; for torchrun", "vflora.bench.parallel", "BenchParallelSettings"
+    ),
     "bench ratio": Command("what dropped padding and shared weights gain", "vflora.bench.ratio", "BenchRatioConfig"),
 }
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vflora.errors import UserError
-from vflora.models.attention_choice import _BACKENDS, attend, attention_errors, require_true
+from vflora.models.attention_choice import BACKENDS, attend, attention_errors, require_true
 
 CPU = torch.device("cpu")
 
@@ -15,13 +15,13 @@ def test_output_and_gradients_are_those_of_plain_arithmetic(kernel):
     require_true(kernel, errors)
 
 
-@pytest.mark.parametrize("kernel", ["native", "flash", "cudnn"])
+@pytest.mark.parametrize("kernel", ["native", "flash", "cudnn", "efficient"])
 def test_texts_of_unequal_length_are_masked_whichever_kernel_is_chosen(kernel):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 9, 2, 16, generator=generator) for _ in range(3))
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 6:] = False
-    out = attend(query, key, value, mask, _BACKENDS[kernel])
+    out = attend(query, key, value, mask, BACKENDS[kernel])
     assert torch.allclose(out[0], attend(query, key, value)[0], atol=1e-6)
     alone = attend(query[1:], key[1:, :6], value[1:, :6])
     assert torch.allclose(out[1], alone[0], atol=1e-6)

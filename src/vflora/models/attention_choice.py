@@ -20,13 +20,14 @@ from vflora.random_streams import keyed_generator
 
 logger = logging.getLogger(__name__)
 
-AttentionKernel = Literal["native", "flash", "cudnn"]
-_BACKENDS = {
+AttentionKernel = Literal["native", "flash", "cudnn", "efficient"]
+BACKENDS = {
     "native": None,
     "flash": AttentionBackendName._NATIVE_FLASH,
     "cudnn": AttentionBackendName._NATIVE_CUDNN,
+    "efficient": AttentionBackendName._NATIVE_EFFICIENT,
 }
-_MASKLESS = (AttentionBackendName._NATIVE_FLASH, AttentionBackendName._NATIVE_CUDNN)
+_MASKLESS = tuple(BACKENDS.values())[1:]
 _TOKENS = 1031  # no multiple of any tile
 _LIMIT = 0.05
 
@@ -86,7 +87,7 @@ def choose_attention(
         return
     for block in cast(list[HunyuanVideo15TransformerBlock], list(transformer.transformer_blocks)):
         processor = cast(Any, block.attn.processor)
-        processor._attention_backend = _BACKENDS[kernel]
+        processor._attention_backend = BACKENDS[kernel]
 
 
 def require_true(kernel: AttentionKernel, errors: dict[str, float], limit: float = _LIMIT) -> None:
@@ -98,7 +99,7 @@ def require_true(kernel: AttentionKernel, errors: dict[str, float], limit: float
     for name, error in errors.items():
         if error <= limit:  # false for a NaN
             continue
-        others = " or ".join(f"--attention_backend {other}" for other in _BACKENDS if other != kernel)
+        others = " or ".join(f"--attention_backend {other}" for other in BACKENDS if other != kernel)
         raise UserError(
             f"--attention_backend {kernel} computes a wrong {name} on this machine (off by {error:.0%}): use {others}."
         )
@@ -120,27 +121,40 @@ def attention_errors(
         head_dim: of each head.
         dtype: of the inputs.
         device: where to compute.
-        tokens: length of the sequence; plain arithmetic takes heads x tokens^2 numbers of memory, a few times.
+        tokens: length of the sequence; plain arithmetic takes tokens^2 numbers of memory, a few times.
     """
-    generator = keyed_generator("attention check")
-    drawn = [torch.randn(1, tokens, heads, head_dim, generator=generator).to(device, dtype) for _ in range(4)]
-    inputs = [tensor.requires_grad_() for tensor in drawn[:3]]
+    *inputs, wanted = attention_inputs(heads, head_dim, dtype, device, tokens)
     with torch.enable_grad():
-        out = attend(*inputs, backend=_BACKENDS[kernel])
-        values = [out, *torch.autograd.grad(out, inputs, drawn[3])]
-        wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
-        plain = _plain_attention(*wide)
-        expected = [plain, *torch.autograd.grad(plain, wide, drawn[3].float())]
+        out = attend(*inputs, backend=BACKENDS[kernel])
+        values = [out, *torch.autograd.grad(out, inputs, wanted)]
+    squares = torch.zeros(2, len(values), device=device)
+    for head in range(heads):
+        expected = _plain_attention(*(tensor.detach()[0, :, head].float() for tensor in (*inputs, wanted)))
+        for number, (value, truth) in enumerate(zip(values, expected, strict=True)):
+            squares[0, number] += (value[0, :, head].float() - truth).square().sum()
+            squares[1, number] += truth.square().sum()
     names = ("output", "gradient of the queries", "gradient of the keys", "gradient of the values")
-    return {
-        name: ((value.float() - truth).norm() / truth.norm()).item()
-        for name, value, truth in zip(names, values, expected, strict=True)
-    }
+    return dict(zip(names, (squares[0] / squares[1]).sqrt().tolist(), strict=True))
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
+def attention_inputs(
+    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns random queries, keys, values, which want gradients, and a gradient of the output [1, N, heads, D]."""
+    generator = keyed_generator("attention check")
+    query, key, value, wanted = (
+        torch.randn(1, tokens, heads, head_dim, generator=generator).to(device, dtype) for _ in range(4)
+    )
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), wanted
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+    """One head [N, D]: the output, and the gradients of queries, keys and values for that of the output."""
+    scale = query.shape[-1] ** -0.5
+    weights = (query @ key.mT * scale).softmax(dim=-1)
+    inner = wanted @ value.mT
+    scores = weights * (inner - (weights * inner).sum(dim=-1, keepdim=True)) * scale
+    return weights @ value, scores @ key, scores.mT @ query, weights.mT @ wanted
 
 
 def _warn(kernel: str, shape: tuple[int, int], dtype: torch.dtype, why: str) -> None:

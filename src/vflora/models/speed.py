@@ -41,7 +41,7 @@ class SpeedConfig:
     compile: bool = False
     """Compile the transformer's blocks, one by one: about a minute at the start, then a third less time a step."""
     attention_backend: AttentionKernel = "native"
-    """Attention kernel of the transformer's blocks: PyTorch's choice, flash, or cuDNN's, which Hopper runs fastest."""
+    """Attention kernel of the transformer's blocks; native is PyTorch's choice, `vflora bench attention` compares."""
     enable_gradient_checkpointing: Recompute = "auto"
     """Compute activations again in the backward pass: true, false, or auto, which recomputes what does not fit."""
     keep_student_graph: bool = False

@@ -95,10 +95,8 @@ def draw_sheet(domain: Domain) -> Image.Image:
         for shape, name in enumerate(SHAPES):
             true = range(shape * len(PATTERNS), (shape + 1) * len(PATTERNS))
             rows.append((name, [*true, *(PLAIN_GEOMETRIC * (1 + k) + character for k, character in enumerate(true))]))
-        subtitle = (
-            f"The {PLAIN_GEOMETRIC} characters of true shape, and some of the {character_count(domain) - PLAIN_GEOMETRIC:,} bent ones, "
-            "each in both limb phases."
-        )
+        bent = character_count(domain) - PLAIN_GEOMETRIC
+        subtitle = f"The {PLAIN_GEOMETRIC} of true shape and some of the {bent:,} bent ones, each in both limb phases."
         return sprite_sheet(rows, domain=domain, title="Geometric characters", subtitle=subtitle)
     rows = []
     splits: tuple[Split, ...] = ("train", "dev", "test", "general")

@@ -92,7 +92,7 @@ def test_the_grader_learns_to_tell_characters_apart(grader, lineup):
     pictures = render_anywhere(characters, domain="geometric", generator=keyed_generator("new"))
     rank = ranks(grader.embed(pictures), characters, lineup)
     # twelve steps are enough to leave chance, a mean rank of 239.5, far behind
-    assert rank.float().mean() < 80
+    assert rank.float().mean() < 140
 
 
 def test_training_is_reproducible_and_leaves_global_randomness_alone():

@@ -47,8 +47,9 @@ def find_adapter(path: str | Path) -> Path:
         UserError: if there is nothing, or a checkpoint without an adapter.
     """
     path = Path(path)
-    if (path / "lora").is_dir():
-        return path / "lora"
+    for folder in (path, path.parent) if path.name == "dcp" else (path,):
+        if (folder / "lora").is_dir():
+            return folder / "lora"
     if is_dcp(path):
         return path
     if path.is_dir() and not any(path.glob("*.safetensors")):

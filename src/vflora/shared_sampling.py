@@ -17,9 +17,10 @@ from vflora import acceleration
 from vflora.adapters import add_adapters
 from vflora.config import TORCH_DTYPES
 from vflora.devices import torch_device
+from vflora.distributed.divisible import require_divisible
 from vflora.distributed.lending import lend
 from vflora.distributed.sequence_parallel import enable_context_parallel
-from vflora.distributed.world import World, require_divisible
+from vflora.distributed.world import World
 from vflora.errors import UserError
 from vflora.models.dense_attention import make_dense
 from vflora.models.loading import load_transformer

@@ -36,13 +36,7 @@ def build_student(
     """
     model, lora = settings.model, settings.lora
     sharded = world.size > 1 and settings.distributed.enable_fsdp
-    if sharded:
-        _require_shardable(settings.speed)
-    for name in ("rollout_graphs", "student_graphs"):
-        require(
-            not (getattr(settings.speed, name) and world.sp_size > 1),
-            f"--{name} cannot replay what processes that share a sample tell each other: drop it or --sp_size.",
-        )
+    require_shareable(settings.speed, world, sharded=sharded)
     require(
         not (settings.speed.student_graphs and lora.lora_dropout > 0),
         "--student_graphs would drop the same inputs at every step: drop it or --lora_dropout.",
@@ -68,7 +62,24 @@ def build_student(
     return denoiser, acceleration
 
 
-def _require_shardable(speed: SpeedConfig) -> None:
+def require_shareable(speed: SpeedConfig, world: World, *, sharded: bool) -> None:
+    """Refuses settings that several processes cannot have.
+
+    Args:
+        speed: of the run.
+        world: the processes.
+        sharded: whether the base is in pieces.
+
+    Raises:
+        UserError: with the way out.
+    """
+    for name in ("rollout_graphs", "student_graphs"):
+        require(
+            not (getattr(speed, name) and world.sp_size > 1),
+            f"--{name} cannot replay what processes that share a sample tell each other: drop it or --sp_size.",
+        )
+    if not sharded:
+        return
     plain = SpeedConfig()
     for name in ("weight_storage", "rollout_precision", "rollout_graphs", "student_graphs", "block_offload"):
         require(

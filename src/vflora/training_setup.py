@@ -15,8 +15,9 @@ from vflora.checkpoint import find_checkpoint, read_state, read_tensors, verify_
 from vflora.data.pipeline import TrainLoader
 from vflora.data.schema import DataSet
 from vflora.data.validation import ValidationLoader
+from vflora.distributed.divisible import require_divisible
 from vflora.distributed.strips import Strips
-from vflora.distributed.world import ALONE, World, require_divisible
+from vflora.distributed.world import ALONE, World
 from vflora.errors import UserError
 from vflora.flow import sampling_sigmas
 from vflora.identity_term import IdentityTerm

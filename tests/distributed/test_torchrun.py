@@ -89,3 +89,61 @@ def test_two_agents_on_one_machine_meet_as_two_machines_would(flags, tmp_path):
             agent.kill()
     assert list(losses(tmp_path / "run")) == [1, 2]
     assert (tmp_path / "run" / "checkpoint-2" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("train.py", "--no_such_flag", "1"), "no_such_flag"),
+        (("train.py", "--pipeline_dir", "nowhere", "--sp_size", "3"), "2 processes do not divide by --sp_size 3"),
+        (("generate.py", "--model_path", "nowhere", "--prompt", "a"), "--pipeline_dir nowhere does not exist"),
+    ],
+)
+def test_a_refusal_is_printed_once_whatever_the_number_of_processes(flags, arguments, sentence):
+    script, *rest = arguments
+    more = [*flags, *rest] if script == "train.py" else rest
+    torchrun = start(["torchrun", "--standalone", "--nproc_per_node=2", script, *more])
+    output, _ = torchrun.communicate(timeout=200)
+    assert torchrun.returncode != 0
+    said = [line for line in output.splitlines() if line.startswith("vflora: ")]
+    assert len(said) == 1, output[-5000:]
+    assert sentence in said[0]
+
+
+def test_bars_and_log_lines_come_once(flags):
+    torchrun = start(
+        [
+            "torchrun",
+            "--standalone",
+            "--nproc_per_node=2",
+            "train.py",
+            *flags,
+            "--max_train_steps",
+            "1",
+            "--sp_size",
+            "2",
+        ]
+    )
+    output, _ = torchrun.communicate(timeout=200)
+    assert torchrun.returncode == 0, output[-9000:]
+    assert output.count("loading the transformer") == 1
+    assert output.count("training:   0%") == 1, "the first picture of the bar"
+
+
+def test_a_warning_of_one_process_is_heard_and_the_same_of_all_is_heard_once(tmp_path):
+    script = tmp_path / "warn.py"
+    script.write_text(
+        "import logging, os\n"
+        "from vflora.cli import _start_logging\n"
+        "_start_logging()\n"
+        "log = logging.getLogger('vflora.test')\n"
+        "log.info('for the first one')\n"
+        "log.warning('all of us')\n"
+        "if os.environ['RANK'] == '1': log.warning('only me')\n"
+        "log.warning('all of us')\n"
+    )
+    torchrun = start(["torchrun", "--standalone", "--nproc_per_node=2", str(script)])
+    output, _ = torchrun.communicate(timeout=200)
+    assert torchrun.returncode == 0, output[-5000:]
+    counts = {words: output.count(words) for words in ("for the first one", "only me", "all of us")}
+    assert counts == {"for the first one": 1, "only me": 1, "all of us": 2}

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from vflora.distributed.world import World, require_divisible, require_processes, start
+from vflora.distributed.divisible import require_divisible, require_processes
+from vflora.distributed.world import World, start
 from vflora.errors import UserError
 
 

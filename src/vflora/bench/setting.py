@@ -29,6 +29,11 @@ from vflora.config import (
     require_frames,
 )
 from vflora.data.config import DataConfig
+from vflora.distributed.divisible import require_divisible
+from vflora.distributed.sequence_parallel import enable_context_parallel
+from vflora.distributed.sharding import shard
+from vflora.distributed.strips import Strips
+from vflora.distributed.world import ALONE, World
 from vflora.flow import sampling_sigmas
 from vflora.identity_term import IdentityTerm
 from vflora.models.denoiser import Denoiser
@@ -143,8 +148,15 @@ class Setting:
     acceleration: Acceleration
 
 
-def build_setting(config: BenchConfig, speed: SpeedConfig) -> Setting:
+def build_setting(config: BenchConfig, speed: SpeedConfig, world: World = ALONE, *, sharded: bool = False) -> Setting:
     """Builds models and everything around them, logging what it does.
+
+    Args:
+        config: what is measured.
+        speed: switches.
+        world: the processes, which call it together.
+        sharded: whether each keeps a piece of the base; block after block goes from main memory into pieces, so that
+            no accelerator ever holds the base as a whole.
 
     Raises:
         UserError: for settings that cannot work.
@@ -161,7 +173,10 @@ def build_setting(config: BenchConfig, speed: SpeedConfig) -> Setting:
     add_lora(transformer, rank=lora.lora_r, alpha=lora.lora_alpha, dropout=0.0, targets=None, seed=config.seed)
     denoiser = Denoiser(transformer)
     logger.info("placing the transformer on %s", device)
+    if sharded:
+        shard(transformer, world, device)
     acceleration = accelerate(transformer, speed, device)
+    enable_context_parallel(transformer, world)
     height, width = clip_size(config.resolution, (1, 1), vae.spatial_compression_ratio)
     shape = (
         vae.config["latent_channels"],
@@ -169,12 +184,19 @@ def build_setting(config: BenchConfig, speed: SpeedConfig) -> Setting:
         height // vae.spatial_compression_ratio,
         width // vae.spatial_compression_ratio,
     )
+    patch = transformer.config["patch_size"]
+    require_divisible(
+        heads=transformer.config["num_attention_heads"],
+        tokens={f"{height}x{width} with {config.frames} frames": shape[1] * (shape[2] // patch) * (shape[3] // patch)},
+        sp_size=world.sp_size,
+        flag="--nproc_per_node",
+    )
     sigmas = sampling_sigmas(settings.rollout.num_inference_steps, 5.0)
     teacher = acceleration.teacher(
         denoiser, lambda rollout: harvested_sigmas(settings.rollout, config.seed, rollout, sigmas)
     )
     source = TeacherSource(
-        _batches(config.batch_size, (height, width)),
+        _batches(config.batch_size, (height, width), world.dp_rank),
         start_batch=0,
         make_prompt=lambda name, generator: "x" * int(torch.randint(70, 91, (), generator=generator)),
         encoder=RandomConditions(config.size, shape, device, dtype),  # pyright: ignore[reportArgumentType]
@@ -188,7 +210,12 @@ def build_setting(config: BenchConfig, speed: SpeedConfig) -> Setting:
         device=device,
     )
     identity = IdentityTerm(
-        settings.identity, vae, embedder, recompute=speed.id_decode_recompute, tile=speed.id_decode_tile
+        settings.identity,
+        vae,
+        embedder,
+        recompute=speed.id_decode_recompute,
+        tile=speed.id_decode_tile,
+        strips=Strips.of(world),
     )
     optimizer = LoraOptimizer(denoiser.lora_parameters(), settings.optimizer)
     student = acceleration.student(denoiser)
@@ -222,9 +249,11 @@ def _settings(config: BenchConfig, speed: SpeedConfig) -> TrainSettings:
     )
 
 
-def _batches(size: int, pixels: tuple[int, int]) -> Iterator[Batch]:
+def _batches(size: int, pixels: tuple[int, int], place: int) -> Iterator[Batch]:
+    """The same pictures for ever; `place` is that of the process among those with samples of their own."""
     generator = keyed_generator("pictures")
     images = torch.randint(0, 256, (size, 3, *pixels), generator=generator, dtype=torch.uint8)
     names = tuple(f"character {i}" for i in range(size))
-    batch = Batch(images, images, torch.zeros(size, dtype=torch.bool), names, names, tuple(range(size)))
+    slots = tuple(range(place * size, (place + 1) * size))
+    batch = Batch(images, images, torch.zeros(size, dtype=torch.bool), names, names, slots)
     return itertools.repeat(replace(batch))

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.distributed.world import ALONE, World
 from vflora.learning import learn
 from vflora.models.speed import SpeedConfig
 from vflora.profiling import StepTracer
@@ -54,8 +55,11 @@ def run(settings: BenchStepSettings) -> None:
         config.output.write_text(json.dumps(result, indent=1))
 
 
-def measure(setting: Setting, config: BenchConfig) -> dict[str, Any]:
-    """Runs one rollout's worth of steps for warming up, then `config.steps` timed ones, in whole rollouts."""
+def measure(setting: Setting, config: BenchConfig, world: World = ALONE) -> dict[str, Any]:
+    """Runs one rollout's worth of steps for warming up, then `config.steps` timed ones, in whole rollouts.
+
+    All of `world` call it together, and the main process shows the progress.
+    """
     reuse = config.trajectory_reuse
     timed = -(-config.steps // reuse) * reuse
     warm_up = max(reuse, 2)
@@ -66,18 +70,18 @@ def measure(setting: Setting, config: BenchConfig) -> dict[str, Any]:
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     with tracer.step(1):
-        first = one_step(setting, 0)
-    with tqdm(total=warm_up - 1 + timed, desc="steps", unit="step") as bar:
+        first = one_step(setting, 0, world)
+    with tqdm(total=warm_up - 1 + timed, desc="steps", unit="step", disable=not world.is_main) as bar:
         for step in range(1, warm_up):
             with tracer.step(step + 1):
-                one_step(setting, step)
+                one_step(setting, step, world)
             bar.update()
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
         rows = []
         for step in range(warm_up, warm_up + timed):
             with tracer.step(step + 1):
-                rows.append(one_step(setting, step))
+                rows.append(one_step(setting, step, world))
             bar.update()
     blocks = [rows[i : i + reuse] for i in range(0, timed, reuse)]
     totals = [sum(row["step"] for row in block) / reuse for block in blocks]
@@ -93,16 +97,17 @@ def measure(setting: Setting, config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def one_step(setting: Setting, step: int) -> dict[str, float]:
+def one_step(setting: Setting, step: int, world: World = ALONE) -> dict[str, float]:
     """Takes one optimizer step as `vflora train` does, and returns the seconds of its parts and of the whole."""
     began = time.perf_counter()
     clock = StepClock(setting.device)
     for micro, lesson in enumerate(setting.source.lessons(step, clock)):
-        learn(setting, lesson, step, micro, clock)
+        learn(setting, lesson, step, micro, clock, world)
     with clock.part("optimizer"):
+        world.reduce_gradients(setting.optimizer.gradients())
         setting.optimizer.step(step + 1)
     seconds = clock.seconds()
-    setting.acceleration.end_step()
+    setting.acceleration.end_step(world.least)
     return seconds | {"step": time.perf_counter() - began}
 
 

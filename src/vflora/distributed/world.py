@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers.utils import logging as transformers_logging
 
+from vflora.distributed.divisible import require_processes
 from vflora.distributed.voice import is_first
 from vflora.distributed.watch import LostProcessError, Watch, attempt
 from vflora.errors import UserError
@@ -158,6 +159,12 @@ class World:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def regrouped(self, sp_size: int, device: torch.device) -> Self:
+        """Returns the same processes, so many of them to a sample; all of them call it together."""
+        shape = (self.size // sp_size, 1, sp_size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ring", "ulysses"))
+        return replace(self, sp_size=sp_size, mesh=mesh)
+
     def aside(self) -> Self:
         """Returns the same processes with a channel of their own, for a thread that works beside the training."""
         if self.size == 1:
@@ -227,10 +234,9 @@ def start(sp_size: int, device: torch.device) -> World:
         world_size=size,
         timeout=_TIMEOUT,
     )
-    mesh = init_device_mesh(device.type, (size // sp_size, 1, sp_size), mesh_dim_names=("dp", "ring", "ulysses"))
     watch = Watch(dist.get_rank(), size)
     watch.start()
-    return World(dist.get_rank(), size, sp_size, mesh, watch=watch)
+    return World(dist.get_rank(), size, watch=watch).regrouped(sp_size, device)
 
 
 def claim_device(device: torch.device, size: int) -> None:
@@ -250,43 +256,3 @@ def claim_device(device: torch.device, size: int) -> None:
             f"use --nproc_per_node {devices}."
         )
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
-def require_processes(size: int, sp_size: int) -> None:
-    """Checks that the processes divide into groups that share samples.
-
-    Raises:
-        UserError: with the sizes that work.
-    """
-    if size == 1 and sp_size > 1:
-        raise UserError(
-            f"--sp_size {sp_size} needs {sp_size} processes: start them with "
-            f"`torchrun --nproc_per_node={sp_size} train.py ...`."
-        )
-    if size % sp_size:
-        raise UserError(f"{size} processes do not divide by --sp_size {sp_size}: use {_choices(size)}.")
-
-
-def require_divisible(*, heads: int, tokens: dict[str, int], sp_size: int, flag: str = "--sp_size") -> None:
-    """Checks that attention heads and video tokens divide among the processes that share a sample.
-
-    Args:
-        heads: of the transformer.
-        tokens: video tokens of a clip, by what the clip is called in the message.
-        sp_size: processes that share a sample.
-        flag: that says how many, for the message.
-
-    Raises:
-        UserError: with the sizes that work.
-    """
-    working = [n for n in range(1, heads + 1) if heads % n == 0 and all(t % n == 0 for t in tokens.values())]
-    choices = " or ".join(map(str, working))
-    if heads % sp_size:
-        raise UserError(f"{heads} attention heads do not divide by {flag} {sp_size}: use {choices}.")
-    for clip, count in tokens.items():
-        if count % sp_size:
-            raise UserError(f"{clip} ({count} tokens) does not divide by {flag} {sp_size}: use {choices}.")
-
-
-def _choices(size: int) -> str:
-    return " or ".join(str(n) for n in range(1, size + 1) if size % n == 0)

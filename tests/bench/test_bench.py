@@ -7,9 +7,10 @@ import pytest
 from vflora.bench import accuracy, ratio, step
 from vflora.bench.accuracy import BenchAccuracySettings
 from vflora.bench.ratio import BenchRatioConfig
-from vflora.bench.setting import BenchConfig
+from vflora.bench.setting import BenchConfig, build_setting
 from vflora.bench.step import BenchStepSettings
 from vflora.models.speed import SpeedConfig
+from vflora.step_clock import StepClock
 
 SMALL = {"size": "small", "resolution": "32x32", "frames": 5, "dtype": "fp32", "device": "cpu"}
 
@@ -55,3 +56,13 @@ def test_the_ratios_are_written_and_a_second_copy_holds_the_weights_twice(tmp_pa
     assert json.loads(output.read_text()) == ratios
     assert all(0 < value < float("inf") for value in ratios.values())
     assert 1.8 < ratios["weights, second copy / adapters off"] < 2
+
+
+@pytest.mark.parametrize(("spread", "lengths"), [(0, {20}), (2, {18, 19, 20, 21, 22})])
+def test_prompts_have_the_length_asked_for(spread, lengths):
+    config = BenchConfig(**SMALL, prompt_tokens=20, prompt_spread=spread)
+    setting = build_setting(config, SpeedConfig())
+    clock = StepClock(setting.device)
+    found = {setting.source.lessons(step, clock)[0].conditions.prompt_lengths[0] for step in range(1 + 9 * spread)}
+    assert found <= lengths
+    assert (len(found) > 1) == (spread > 0)

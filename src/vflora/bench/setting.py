@@ -72,6 +72,10 @@ class BenchConfig:
     """By which factor."""
     trajectory_reuse: int = 1
     """As in training: optimizer steps that share a rollout."""
+    prompt_tokens: int = 80
+    """Tokens of a prompt; the picture has 729 of its own."""
+    prompt_spread: int = 0
+    """Prompts are up to so many tokens shorter or longer: kernels and graphs are prepared anew for every length."""
     lora_r: int = 16
     """Rank."""
     dtype: Precision = "bf16"
@@ -91,6 +95,10 @@ class BenchConfig:
         require_frames("frames", self.frames)
         require(self.steps >= 1, "--steps must be at least 1.")
         require(self.batch_size >= 1, "--batch_size must be at least 1.")
+        require(
+            0 <= self.prompt_spread < self.prompt_tokens,
+            "--prompt_spread must be less than --prompt_tokens, and not negative.",
+        )
         require(
             self.profile_steps is None or self.output is not None,
             "--profile_steps writes its trace beside the numbers: give --output FILE.json.",
@@ -198,7 +206,7 @@ def build_setting(config: BenchConfig, speed: SpeedConfig, world: World = ALONE,
     source = TeacherSource(
         _batches(config.batch_size, (height, width), world.dp_rank),
         start_batch=0,
-        make_prompt=lambda name, generator: "x" * int(torch.randint(70, 91, (), generator=generator)),
+        make_prompt=lambda name, generator: "x" * _length(config, generator),
         encoder=RandomConditions(config.size, shape, device, dtype),  # pyright: ignore[reportArgumentType]
         denoiser=teacher,
         config=settings.rollout,
@@ -257,3 +265,8 @@ def _batches(size: int, pixels: tuple[int, int], place: int) -> Iterator[Batch]:
     slots = tuple(range(place * size, (place + 1) * size))
     batch = Batch(images, images, torch.zeros(size, dtype=torch.bool), names, names, slots)
     return itertools.repeat(replace(batch))
+
+
+def _length(config: BenchConfig, generator: torch.Generator) -> int:
+    low, high = config.prompt_tokens - config.prompt_spread, config.prompt_tokens + config.prompt_spread
+    return int(torch.randint(low, high + 1, (), generator=generator))

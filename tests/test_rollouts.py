@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -173,14 +174,17 @@ def test_a_stop_keeps_what_is_done_and_the_same_line_goes_on(shared, flags, fold
     def stopping(self, prepared, step):
         made.append(prepared.number)
         if len(made) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            # As torchrun and Slurm do: to the workers that read pictures, too.
+            processes = (os.getpid(), *(child.pid for child in multiprocessing.active_children()))
+            subprocess.run(["kill", *map(str, processes)], check=True)
         return plain(self, prepared, step)
 
     monkeypatch.setattr(Rollouts, "trajectory", stopping)
-    roll_out(storing(flags, folder, "--rollouts_per_shard", "4"))
+    line = ["--rollouts_per_shard", "4", "--num_workers", "2", "--condition_lookahead", "1"]
+    roll_out(storing(flags, folder, *line))
     assert "stopped after 3 of 4 rollouts" in caplog.text
     assert shard_names(folder) == ["rollouts-00000000-00000002.tar"]
-    roll_out(storing(flags, folder, "--rollouts_per_shard", "4"))
+    roll_out(storing(flags, folder, *line))
     assert made == [0, 1, 2, 3]
     assert samples(folder) == samples(shared[1])
 

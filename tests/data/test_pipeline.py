@@ -1,6 +1,7 @@
 import multiprocessing
-import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -246,14 +247,36 @@ def test_a_shard_that_is_damaged_in_the_middle_stops_the_run(config, workers):
         list(islice(loader, 200))
 
 
-def test_an_interrupt_leaves_the_workers_to_finish_the_step(config):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_the_workers_to_finish_the_step(config, stop):
+    before = {*multiprocessing.active_children()}
     dataset = DataSet.open(config.wds_root, "species", "train")
     loader = TrainLoader(dataset, replace(config, num_workers=2), seed=1)
     next(loader)
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)
+    workers = {*multiprocessing.active_children()} - before
+    assert len(workers) == 2
+    for worker in workers:
+        # Not from here, whom the workers obey: from a terminal, torchrun or Slurm.
+        subprocess.run(["kill", f"-{stop.value}", str(worker.pid)], check=True)
     assert len(list(islice(loader, 30))) == 30
     loader.close()
+    for worker in workers:
+        worker.join(60)
+        assert not worker.is_alive()
+
+
+def test_workers_of_a_loader_that_nobody_closed_end_with_the_process(config):
+    script = (
+        "import sys\n"
+        "from vflora.data.config import DataConfig\n"
+        "from vflora.data.pipeline import TrainLoader\n"
+        "from vflora.data.schema import DataSet\n"
+        "loader = TrainLoader(DataSet.open(sys.argv[1], 'species', 'train'), DataConfig(sys.argv[1], 'species',\n"
+        "    num_workers=2), seed=1)\n"
+        "next(loader)\n"
+        "sys.modules['keep'] = loader\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(config.wds_root)], check=True, timeout=120)
 
 
 def test_nothing_in_a_shard_can_run_code():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +16,31 @@ from vflora.random_streams import keyed_generator
 
 
 @contextmanager
-def _interrupts_for_the_trainer_only() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C, which goes to all: the step it interrupts still needs its data."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _stops_for_the_trainer_only() -> Iterator[None]:
+    """Processes started inside see neither Ctrl-C nor SIGTERM, which terminals, torchrun and Slurm send to all.
+
+    The step that is going to be finished still needs its data.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_the_trainer_only(_worker: int) -> None:
+    """Ends the worker at a SIGTERM of the process that started it: so that one ends what runs when it ends."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
+    trainer = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, name="stop", daemon=True).start()
 
 
 def start_workers(
@@ -34,7 +54,7 @@ def start_workers(
         seed: keeps torch from drawing one out of the global generator.
         order: item numbers for a data set with `__getitem__`.
     """
-    with _interrupts_for_the_trainer_only(), warnings.catch_warnings():
+    with _stops_for_the_trainer_only(), warnings.catch_warnings():
         # More workers than cores is no mistake here: they mostly wait for the disk.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader = DataLoader(
@@ -43,5 +63,6 @@ def start_workers(
             sampler=order,  # pyright: ignore[reportArgumentType]
             num_workers=num_workers,
             generator=keyed_generator(seed, "loader"),
+            worker_init_fn=_obey_the_trainer_only,
         )
         return iter(loader)

@@ -77,6 +77,7 @@ def measure(setting: Setting, config: BenchConfig, world: World = ALONE) -> dict
                 one_step(setting, step, world)
             bar.update()
         if on_cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         rows = []
         for step in range(warm_up, warm_up + timed):
@@ -91,10 +92,18 @@ def measure(setting: Setting, config: BenchConfig, world: World = ALONE) -> dict
         "step_s": median(totals),
         "parts_s": parts,
         "steps_s": [row["step"] for row in rows],
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
+        "peak_gib": peak_bytes(setting) / 2**30 if on_cuda else None,
+        "allocated_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_cuda else None,
         "blocks_kept": setting.acceleration.recompute.kept,
     }
+
+
+def peak_bytes(setting: Setting) -> int:
+    """Returns the most memory that was in use; what graphs work in is reserved and never counts as allocated."""
+    speed = setting.acceleration.config
+    graphs = speed.rollout_graphs or speed.student_graphs
+    return torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
 
 
 def one_step(setting: Setting, step: int, world: World = ALONE) -> dict[str, float]:

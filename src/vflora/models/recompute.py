@@ -82,7 +82,7 @@ class BlockRecompute:
             return
         free, _ = torch.cuda.mem_get_info()
         ours = free + torch.cuda.memory_reserved()
-        spare = ours * (1 - _MARGIN) - torch.cuda.max_memory_allocated()
+        spare = ours * (1 - _MARGIN) - torch.cuda.max_memory_allocated() - _graph_bytes()
         self.kept = least(max(0, min(len(self._order), 1 + int(spare / self._block_bytes))))
         logger.info(
             "gradient checkpointing: %d of %d blocks keep their activations (%.2f GiB a block, %.1f GiB were free)",
@@ -91,6 +91,12 @@ class BlockRecompute:
             self._block_bytes / 2**30,
             spare / 2**30,
         )
+
+
+def _graph_bytes() -> int:
+    """Memory that CUDA graphs hold for what comes and goes inside them; it counts as free until they replay."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
 
 
 def _on_cuda(args: tuple[Any, ...]) -> bool:

@@ -71,9 +71,13 @@ def read_ours(words):
 
 def read_torchrun(words):
     options = torchrun_parser().parse_args(words)
-    assert options.training_script == "train.py"
-    assert (ROOT / "train.py").is_file()
-    parse("train", options.training_script_args)
+    if options.module:
+        assert options.training_script == "vflora.cli"
+        read_ours(options.training_script_args)
+        return
+    assert (ROOT / options.training_script).is_file()
+    command = {"train.py": "train", "generate.py": "generate", "export_lora_from_dcp.py": "export"}
+    parse(command[options.training_script], options.training_script_args)
 
 
 def read_accelerate(words):

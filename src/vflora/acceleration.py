@@ -10,6 +10,8 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
 
 from vflora.errors import UserError
+from vflora.models.light_decoder import lighten_decoder
+from vflora.models.video_vae import patch_frame_attention
 from vflora.sampling import Pipeline
 
 SUPPORTED_CACHE = "taylorcache"
@@ -57,6 +59,10 @@ def place(
     """
     if vae_tiling:
         pipeline.vae.enable_tiling()
+    if device.type != "cpu":
+        # Two thirds of the stock decoder's memory for the same frames, and no S x S mask in its attention.
+        patch_frame_attention(pipeline.vae.requires_grad_(False))
+        lighten_decoder(pipeline.vae)
     if group_offloading:
         offload_layers(pipeline, device, overlap=overlap)
     elif offloading and device.type != "cpu":

@@ -91,3 +91,24 @@ def test_a_trainable_vae_is_refused(light):
     light.requires_grad_(True)
     with pytest.raises(ValueError, match="freeze the VAE"):
         decode_frames(light, latents())
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_frames_stay_the_same_while_layers_are_offloaded_one_by_one(stock, light, tiling):
+    # As `vflora generate --group_offloading true` does on a GPU; on the CPU it moves nothing, but every hook runs.
+    vae = copy.deepcopy(light)
+    for one in (light, vae):
+        if tiling:
+            one.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32,
+                              tile_latent_min_height=2, tile_latent_min_width=2)  # fmt: skip
+    vae.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    ran = []
+    for module in vae.decoder.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            registry = module._diffusers_hook
+            assert registry.get_hook("group_offloading") is not None
+            module.register_forward_hook(lambda m, *_: ran.append(m))
+    with torch.no_grad():
+        frames = vae.decode(latents(t=3)).sample
+        assert torch.equal(frames, light.decode(latents(t=3)).sample)
+    assert set(ran) == {m for m in vae.decoder.modules() if isinstance(m, torch.nn.Conv3d)}, "weights come by a hook"

@@ -107,7 +107,7 @@ class _PaddedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, conv: nn.Conv3d) -> Tensor:
         ctx.shape, ctx.conv = x.shape, conv
-        return F.conv3d(_padded(x), conv.weight, conv.bias)
+        return conv(_padded(x))  # called as a module, because offloading hangs its hooks there
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
@@ -119,7 +119,7 @@ class _NormedConv(torch.autograd.Function):
     def forward(ctx, x: Tensor, norm: HunyuanVideo15RMS_norm, conv: nn.Conv3d) -> Tensor:
         ctx.save_for_backward(x)
         ctx.norm, ctx.conv = norm, conv
-        return F.conv3d(_padded(_by_chunks(_norm_silu, norm, x)), conv.weight, conv.bias)
+        return conv(_padded(_by_chunks(_norm_silu, norm, x)))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -23,7 +23,7 @@ class Flags:
         ("--deep=1", ["--deep", "true"]),
         ("--no-deep", ["--deep", "false"]),
         ("--deep --name x", ["--deep", "true", "--name", "x"]),
-        ("--deep maybe", ["--deep", "true", "maybe"]),
+        ("--deep maybe", ["--deep", "maybe"]),
         ("--scales 0.3 0.5 --name x", ["--scales", "[0.3, 0.5]", "--name", "x"]),
         ("--scales -1 2", ["--scales", "[-1, 2]"]),
         ("--words a,b", ["--words", '["a", "b"]']),
@@ -40,3 +40,11 @@ def test_usual_spellings_are_understood(typed, read):
 def test_positionals_get_their_flag():
     assert normalise(["here", "--rank", "2"], [Flags], ("name",)) == ["--name", "here", "--rank", "2"]
     assert normalise(["--name", "here", "there"], [Flags], ("name", "words")) == ["--name", "here", "--words", "there"]
+
+
+def test_a_prompt_may_have_commas():
+    assert normalise(["--words", "a fox runs, and jumps"], [Flags]) == ["--words", '["a fox runs, and jumps"]']
+
+
+def test_a_switch_before_a_positional_leaves_it_alone():
+    assert normalise(["--deep", "here"], [Flags], ("name",)) == ["--deep", "true", "--name", "here"]

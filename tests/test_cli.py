@@ -103,3 +103,25 @@ def test_overview_lists_every_command(capsys):
 def test_an_unknown_command_is_told_with_code_2(capsys):
     assert main(["trian"]) == 2
     assert "no command 'trian'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [
+        ("enable_validation", "maybe", "--enable_validation maybe does not fit: it takes true or false"),
+        ("batch_size", "many", "--batch_size many does not fit: it takes a whole number"),
+        ("learning_rate", "nan", "--learning_rate nan does not fit: it takes a number"),
+        ("harvest_scheme", "all", "--harvest_scheme all does not fit: it takes bracket, random"),
+        ("keep_checkpoints", "few", "--keep_checkpoints few does not fit: it takes a whole number"),
+        ("lora_target_modules", "[a", "--lora_target_modules [a does not fit: it takes a list (text each)"),
+    ],
+)
+def test_a_value_of_another_kind_gets_one_line_that_says_what_fits(train_flags, capsys, flag, value, sentence):
+    assert main(["train", *train_flags, f"--{flag}", value]) == 2
+    assert capsys.readouterr().err == f"vflora: {sentence} (`vflora train --help` lists the flags).\n"
+
+
+def test_a_broken_config_file_is_told_in_one_line(train_flags, tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text("lora_r: [\n")
+    assert main(["train", *train_flags, "--config", str(tmp_path / "broken.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
     """Rewrites flags so that every usual spelling works.
 
     `-` and `_` in a flag's name are the same; a boolean takes true/false/1/0/yes/no/on/off, or nothing for true, and
-    `--no-x` is `--x false`; a list takes its values one after the other; positionals get their flag.
+    `--no-x` is `--x false`; a list takes its values one after the other, or words with commas between them;
+    positionals get their flag.
 
     Args:
         arguments: what was typed.
@@ -42,7 +44,8 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
         if kind is None:
             result.append(f"--{name}" + (f"={value}" if joined else ""))
         elif _is_switch(kind):
-            if not joined and words and words[0].lower() in {*_TRUE, *_FALSE, *get_args(kind)}:
+            # A word that is no boolean can only be a positional, or a mistake that must not pass for another flag's.
+            if not joined and words and _follows_switch(words[0], kind, bool(open_positionals)):
                 value, joined = words.pop(0), "="
             result += [f"--{name}", _boolean(value) if joined else "true"]
         elif _is(kind, list):
@@ -57,6 +60,33 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
     return result
 
 
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def explain(problem: str, groups: Sequence[type]) -> str:
+    """Says in one line what jsonargparse says about a value in several, and in Python's types.
+
+    Args:
+        problem: its message.
+        groups: the dataclasses of flags.
+    """
+    kinds = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
+    match = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: ([^\n]*)', problem, re.DOTALL)
+    if match is None or match[1] not in kinds:
+        return " ".join(problem.split())
+    return f"--{match[1]} {match[2]} does not fit: it takes {_takes(kinds[match[1]])}"
+
+
+def _takes(kind: Any) -> str:
+    if get_origin(kind) is typing.Literal:
+        return ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_takes(part) for part in get_args(kind) if part is not types.NoneType)
+    if get_origin(kind) is list:
+        return f"a list ({_takes(get_args(kind)[0])} each)"
+    return _WORDS.get(kind, "text")
+
+
 def _is(kind: Any, wanted: type) -> bool:
     if get_origin(kind) in (typing.Union, types.UnionType):
         return any(_is(part, wanted) for part in get_args(kind)) and not any(_is(part, str) for part in get_args(kind))
@@ -66,6 +96,12 @@ def _is(kind: Any, wanted: type) -> bool:
 def _is_switch(kind: Any) -> bool:
     """Whether a flag may stand alone: a bool, or a choice among words that has true in it."""
     return _is(kind, bool) or (get_origin(kind) is typing.Literal and "true" in get_args(kind))
+
+
+def _follows_switch(word: str, kind: Any, positional_open: bool) -> bool:
+    if word.lower() in {*_TRUE, *_FALSE, *get_args(kind)}:
+        return True
+    return not positional_open and not _is_flag(word)
 
 
 def _is_flag(word: str) -> bool:
@@ -82,7 +118,8 @@ def _list(values: list[str], kind: Any) -> str:
     """JSON for jsonargparse; one value that is a list already stays as it is."""
     if len(values) == 1 and values[0].startswith("["):
         return values[0]
-    if len(values) == 1 and "," in values[0]:
+    # A sentence, such as a prompt, may have commas of its own.
+    if len(values) == 1 and "," in values[0] and not any(character.isspace() for character in values[0]):
         values = values[0].split(",")
     text = "str" in str(kind)
     return "[" + ", ".join(json.dumps(v) if text else v for v in values) + "]"

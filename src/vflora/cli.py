@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from vflora import __version__
-from vflora.arguments import normalise
+from vflora.arguments import explain, normalise
 from vflora.distributed.voice import first_to_say, is_first, said_once
 from vflora.errors import UserError
 from vflora.presets import expand_mode
@@ -134,7 +134,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     try:
         values = parser.parse_args(expand_mode(normalise(arguments, groups, command.positionals), groups))
     except ArgumentError as error:
-        raise UserError(f"{error} (`vflora {name} --help` lists the flags)") from error
+        raise UserError(f"{explain(str(error), groups)} (`vflora {name} --help` lists the flags).") from error
     built = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups]
     return built[0] if groups == [config_class] else config_class(*built)
 

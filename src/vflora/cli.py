@@ -77,6 +77,7 @@ COMMANDS: dict[str, Command] = {
     "bench parallel": Command(
         "what several GPUs are worth; for torchrun", "vflora.bench.parallel", "BenchParallelSettings"
     ),
+    "bench generate": Command("time and memory of generating a video", "vflora.bench.generate", "BenchGenerateConfig"),
     "bench ratio": Command("what dropped padding and shared weights gain", "vflora.bench.ratio", "BenchRatioConfig"),
 }
 

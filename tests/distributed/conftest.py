@@ -106,7 +106,7 @@ class Processes:
 def launch():
     """Runs a function in several processes and returns what each returned, by rank."""
 
-    def run(count, work, *, timeout=100):
+    def run(count, work, *, timeout=200):
         outcomes = Processes(count, work).outcomes(count, timeout)
         for rank, (_, error) in outcomes.items():
             assert error is None, f"process {rank}: {error}"
@@ -119,7 +119,7 @@ def launch():
 def launch_to_fail():
     """Runs a function in several processes, which raise unless they are killed, and returns the errors by rank."""
 
-    def run(count, work, *, killed=0, timeout=100):
+    def run(count, work, *, killed=0, timeout=200):
         outcomes = Processes(count, work).outcomes(count - killed, timeout)
         assert all(error is not None for _, error in outcomes.values())
         return {rank: error for rank, (_, error) in outcomes.items()}

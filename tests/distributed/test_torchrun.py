@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KILLED_ONCE = """
 import os, signal, sys
@@ -62,12 +62,12 @@ def test_after_a_death_torchrun_starts_again_and_the_run_goes_on_to_the_same_end
     script.write_text(KILLED_ONCE)
     restarting = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=1", str(script), *flags]
     cut = start([*restarting, "--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "auto"])
-    output, _ = cut.communicate(timeout=200)
+    output, _ = cut.communicate(timeout=400)
     assert cut.returncode == 0, output[-9000:]
     assert "exitcode: -9" in output
     assert "local_rank: 1" in output, "who died is named"
     whole = start(["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *flags])
-    output, _ = whole.communicate(timeout=200)
+    output, _ = whole.communicate(timeout=400)
     assert whole.returncode == 0, output[-9000:]
     assert losses(tmp_path / "cut") == losses(tmp_path / "run"), "to the last bit"
 
@@ -82,7 +82,7 @@ def test_two_agents_on_one_machine_meet_as_two_machines_would(flags, tmp_path):
     ]
     try:
         for agent in agents:
-            output, _ = agent.communicate(timeout=200)
+            output, _ = agent.communicate(timeout=400)
             assert agent.returncode == 0, output[-9000:]
     finally:
         for agent in agents:
@@ -103,7 +103,7 @@ def test_a_refusal_is_printed_once_whatever_the_number_of_processes(flags, argum
     script, *rest = arguments
     more = [*flags, *rest] if script == "train.py" else rest
     torchrun = start(["torchrun", "--standalone", "--nproc_per_node=2", script, *more])
-    output, _ = torchrun.communicate(timeout=200)
+    output, _ = torchrun.communicate(timeout=400)
     assert torchrun.returncode != 0
     said = [line for line in output.splitlines() if line.startswith("vflora: ")]
     assert len(said) == 1, output[-5000:]
@@ -124,7 +124,7 @@ def test_bars_and_log_lines_come_once(flags):
             "2",
         ]
     )
-    output, _ = torchrun.communicate(timeout=200)
+    output, _ = torchrun.communicate(timeout=400)
     assert torchrun.returncode == 0, output[-9000:]
     assert output.count("loading the transformer") == 1
     assert output.count("training:   0%") == 1, "the first picture of the bar"
@@ -143,7 +143,7 @@ def test_a_warning_of_one_process_is_heard_and_the_same_of_all_is_heard_once(tmp
         "log.warning('all of us')\n"
     )
     torchrun = start(["torchrun", "--standalone", "--nproc_per_node=2", str(script)])
-    output, _ = torchrun.communicate(timeout=200)
+    output, _ = torchrun.communicate(timeout=400)
     assert torchrun.returncode == 0, output[-5000:]
     counts = {words: output.count(words) for words in ("for the first one", "only me", "all of us")}
     assert counts == {"for the first one": 1, "only me": 1, "all of us": 2}

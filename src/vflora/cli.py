@@ -78,6 +78,7 @@ COMMANDS: dict[str, Command] = {
         "what several GPUs are worth; for torchrun", "vflora.bench.parallel", "BenchParallelSettings"
     ),
     "bench generate": Command("time and memory of generating a video", "vflora.bench.generate", "BenchGenerateConfig"),
+    "bench table": Command("the table of modes, row by row", "vflora.bench.table", "BenchTableConfig"),
     "bench ratio": Command("what dropped padding and shared weights gain", "vflora.bench.ratio", "BenchRatioConfig"),
 }
 

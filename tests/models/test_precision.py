@@ -7,7 +7,7 @@ from torch import nn
 from vflora.errors import UserError
 from vflora.models.denoiser import Denoiser
 from vflora.models.lora import add_lora
-from vflora.models.precision import Fp8Switch, FrozenLinear, quantize_blocks, quantize_rows
+from vflora.models.precision import Fp8Switch, FrozenLinear, _restored, quantize_blocks, quantize_rows
 from vflora.models.random_weights import small_transformer
 
 
@@ -127,3 +127,11 @@ def test_only_the_widest_layers_of_the_video_tokens_multiply_in_float8():
 def test_float8_products_of_int8_weights_are_refused():
     with pytest.raises(UserError, match="--weight_storage fp8 or full"):
         quantize_blocks(make_student(), storage="int8", fp8_rollouts=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_restored_in_one_pass_to_the_same_bits(dtype):
+    codes, scale = quantize_rows(torch.randn(33, 47, generator=torch.Generator().manual_seed(3)), torch.int8)
+    restored = _restored(codes, scale, dtype)
+    assert restored.dtype == dtype
+    assert torch.equal(restored, (codes.float() * scale).to(dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from vflora.models.denoiser import Denoiser
 from vflora.models.recompute import BlockRecompute
-from vflora.models.replay import FixedInputs, Recordings, is_ragged, recording, shapes
+from vflora.models.replay import FixedInputs, Recorder, Recordings, is_ragged, shapes
 from vflora.types import Conditions
 
 
@@ -83,7 +83,7 @@ class GraphedStudent:
         self._parameters = list(denoiser.lora_parameters().values())
         self._gradients: FixedGradients | None = None
         self.recordings: Recordings[_Recorded] = Recordings()
-        self._pool: Any = None
+        self._recorder = Recorder()
         self._handle = torch.zeros((), requires_grad=True)  # gives replayed velocities a place in autograd's graph
 
     def velocity(
@@ -111,14 +111,13 @@ class GraphedStudent:
 
     def _record(self, inputs: FixedInputs) -> _Recorded:
         self._gradients = self._gradients or FixedGradients(self._parameters)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with recording(forward, self._pool):
+        with self._recorder.recording(forward):
             velocity = self._denoiser.velocity(
                 inputs.latents, inputs.sigma, inputs.conditions, next_sigma=inputs.next_sigma
             )
         wanted = torch.zeros_like(velocity)
-        with recording(backward, self._pool):
+        with self._recorder.recording(backward):
             found = torch.autograd.grad(velocity, self._parameters, wanted, allow_unused=True)
             pairs = [(view, g) for view, g in zip(self._gradients.views, found, strict=True) if g is not None]
             # Many tensors to a launch, and no accumulation nodes of autograd, which insist on the stream of birth.

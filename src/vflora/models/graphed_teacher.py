@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vflora.models.denoiser import Denoiser
 from vflora.models.precision import Fp8Switch
-from vflora.models.replay import FixedInputs, Recordings, is_ragged, recording, shapes
+from vflora.models.replay import FixedInputs, Recorder, Recordings, is_ragged, shapes
 from vflora.types import Conditions
 
 
@@ -37,7 +36,7 @@ class GraphedTeacher:
         """Takes the model, and the switch of its float8 layers."""
         self._denoiser, self._switch = denoiser, switch
         self.recordings: Recordings[_Recorded] = Recordings()
-        self._pool: Any = None
+        self._recorder = Recorder()
 
     def teacher(self) -> AbstractContextManager[None]:
         """As `Denoiser.teacher`."""
@@ -60,10 +59,8 @@ class GraphedTeacher:
         return recorded.velocity.clone()
 
     def _record(self, inputs: FixedInputs) -> _Recorded:
-        # One pool serves all graphs: none ever runs beside another, and results are copied out at once.
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with recording(graph, self._pool):
+        with self._recorder.recording(graph):
             velocity = self._denoiser.velocity(
                 inputs.latents, inputs.sigma, inputs.conditions, next_sigma=inputs.next_sigma
             )

@@ -67,23 +67,30 @@ def _tensors(conditions: Conditions) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-@contextmanager
-def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Records the work that is given to the accelerator inside, instead of doing it.
+class Recorder:
+    """Records graphs into one pool of memory: of those graphs none may run while another is half done."""
 
-    As `torch.cuda.graph`, without its emptying of caches, which every new length of a prompt would pay for, and
-    without its ban on what other threads do meanwhile: loaders copy batches.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            yield
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Records the work that is given to the accelerator inside, instead of doing it.
+
+        As `torch.cuda.graph`, without its emptying of caches, which every new length of a prompt would pay for, and
+        without its ban on what other threads do meanwhile: loaders copy batches.
+        """
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream()  # libraries keep a workspace for every stream they meet
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class _Releasable(Protocol):

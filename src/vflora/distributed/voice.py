@@ -28,7 +28,7 @@ def first_to_say(message: str) -> bool:
     # Here and not above: torch takes seconds to import, which --help has no need of.
     import torch.distributed as dist
 
-    from vflora.distributed.watch import attempt
+    from vflora.distributed.watchdog import attempt
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
         # No store yet, and nothing yet that could differ between the processes of a machine.

@@ -20,13 +20,13 @@ from transformers.utils import logging as transformers_logging
 
 from vflora.distributed.divisible import require_processes
 from vflora.distributed.voice import is_first
-from vflora.distributed.watch import LostProcessError, Watch, attempt
+from vflora.distributed.watchdog import LostProcessError, Watchdog, attempt
 from vflora.errors import UserError
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
-"""Of a collective: longer than any part of a step that others may wait for. Death is noticed by the watch, sooner."""
+"""Of a collective: longer than any part of a step that others may wait for. The watchdog notices a death sooner."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class World:
         sp_size: processes that share one sample's tokens.
         mesh: with dimensions dp, ring and ulysses, as diffusers wants it; None for a single process.
         group: that carries the small messages, on the CPU; None is the default one.
-        watch: of the other processes.
+        watchdog: over the other processes.
     """
 
     rank: int = 0
@@ -49,7 +49,7 @@ class World:
     sp_size: int = 1
     mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = field(default=None, compare=False)
-    watch: Watch | None = field(default=None, compare=False)
+    watchdog: Watchdog | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -176,8 +176,8 @@ class World:
         if self.size == 1:
             return
         self.agree(True)
-        if self.watch is not None:
-            self.watch.stop()
+        if self.watchdog is not None:
+            self.watchdog.stop()
         dist.destroy_process_group()
 
 
@@ -196,11 +196,11 @@ def joined(sp_size: int, device: torch.device) -> Iterator[World]:
     try:
         yield world
     except UserError:
-        if world.watch is not None:
-            world.watch.stop()  # the others end for the same reason, and nobody should miss them
+        if world.watchdog is not None:
+            world.watchdog.stop()  # the others end for the same reason, and nobody should miss them
         raise
     except RuntimeError as error:
-        gone = world.watch.gone() if world.watch else []
+        gone = world.watchdog.gone() if world.watchdog else []
         if gone:
             raise LostProcessError(gone) from error
         raise
@@ -234,9 +234,9 @@ def start(sp_size: int, device: torch.device) -> World:
         world_size=size,
         timeout=_TIMEOUT,
     )
-    watch = Watch(dist.get_rank(), size)
-    watch.start()
-    return World(dist.get_rank(), size, watch=watch).regrouped(sp_size, device)
+    watchdog = Watchdog(dist.get_rank(), size)
+    watchdog.start()
+    return World(dist.get_rank(), size, watchdog=watchdog).regrouped(sp_size, device)
 
 
 def claim_device(device: torch.device, size: int) -> None:

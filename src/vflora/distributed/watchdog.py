@@ -47,7 +47,7 @@ class LostProcessError(UserError):
         )
 
 
-class Watch:
+class Watchdog:
     """Counts up for this process and looks at the others."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Watch:
         """
         self._rank, self._size = rank, size
         self._beat_seconds, self._patience_seconds = beat_seconds, patience_seconds
-        self._prefix = f"vflora/{attempt()}/watch"
+        self._prefix = f"vflora/{attempt()}/watchdog"
         # A connection of its own: the thread must not wait behind the collectives of the main one.
         self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],
@@ -88,7 +88,7 @@ class Watch:
         self._last: dict[int, bytes] = {}
         self._seen = dict.fromkeys(self._others, time.monotonic())
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begins to beat and to look."""

@@ -15,7 +15,7 @@ def test_auto_takes_the_accelerator_of_the_machine_or_else_the_cpu():
     assert torch.ones(1, device=found).device.type == found.type
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda:1", "meta"])
+@pytest.mark.parametrize("name", ["cpu", "meta"])
 def test_a_named_device_is_taken_as_it_is(name):
     assert torch_device(name) == torch.device(name)
 
@@ -23,6 +23,12 @@ def test_a_named_device_is_taken_as_it_is(name):
 def test_a_device_that_pytorch_does_not_know_is_refused_with_the_way_to_write_it():
     with pytest.raises(UserError, match="--device gpu .* write auto, cpu, cuda or cuda:1"):
         torch_device("gpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "xpu:99"])
+def test_a_device_that_this_machine_lacks_is_refused_before_anything_is_loaded(name):
+    with pytest.raises(UserError, match=f"--device {name} is not on this machine.* write auto or cpu"):
+        torch_device(name)
 
 
 def test_every_command_reads_the_flag_with_the_same_function():

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vflora.errors import UserError
+from vflora.models.foreign_heads import read_torch_file
 from vflora.models.projection_head import HeadSpec, ProjectionHead, load_head, new_head, save_head
 from vflora.random_streams import keyed_generator
 
@@ -187,11 +188,30 @@ def test_two_heads_in_one_file_are_refused(tmp_path):
         load_head(tmp_path / "head.pt")
 
 
-def test_broken_files_are_refused(tmp_path):
+@pytest.mark.parametrize("content", [b"", b"not a head", b"hello", b"\xe5\x00", b"\x80\x02}q\x00.", b"PK\x03\x04"])
+def test_broken_files_are_refused(tmp_path, content):
     for name in ("head.pt", "head.safetensors"):
-        (tmp_path / name).write_bytes(b"not a head")
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError):
             load_head(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_head_with_any_byte_wrong_is_read_or_refused_but_never_breaks(tmp_path, zipped):
+    file = tmp_path / "head.pt"
+    torch.save({"0.weight": torch.zeros(2, 3)}, file, _use_new_zipfile_serialization=zipped)
+    whole, generator = file.read_bytes(), torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        place, value = torch.randint(0, 256, (2,), generator=generator).tolist()
+        damaged[place] = value
+        file.write_bytes(damaged)
+        try:
+            read_torch_file(file)
+        except UserError:
+            refused += 1
+    assert refused > 0
 
 
 def test_missing_head_says_what_to_do_and_finds_the_safetensors_beside_it(tmp_path):

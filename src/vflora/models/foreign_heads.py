@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,11 @@ from torch import Tensor
 
 from vflora.errors import UserError
 
+# Everything that reading random bytes was seen to raise.
+_BROKEN = (
+    *(pickle.UnpicklingError, EOFError, BadZipFile, RuntimeError, struct.error),
+    *(LookupError, ValueError, AttributeError, AssertionError, TypeError),
+)
 _ACTIVATION_FIELDS = ("activation", "act", "act_fn")
 
 
@@ -49,8 +56,10 @@ def read_torch_file(path: Path) -> Any:
         UserError: if it holds anything else (a pickled object could run code), or is broken.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, BadZipFile, RuntimeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except _BROKEN as error:
         raise UserError(
             f"{path} is not a file of plain tensors, so it is not opened (it could run code): ask its author for "
             "the state dict saved with torch.save(head.state_dict(), ...) or as safetensors."

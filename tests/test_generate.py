@@ -158,6 +158,8 @@ def test_without_a_name_the_prompt_and_the_seed_name_the_file(folder, tmp_path, 
         ({"lora_path": ["a", "b", "c"], "lora_scale": [1.0, 0.5]}, "one, or as many"),
         ({"lora_path": ["a"], "checkpoint_path": Path("b")}, "exclude each other"),
         ({"aspect_ratio": "wide"}, "like 16:9"),
+        ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
+        ({"output_path": Path("video.gif")}, "--output_path video.gif is no mp4"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(options, fix):
@@ -175,6 +177,9 @@ def test_settings_that_cannot_work_are_refused_at_once(options, fix):
         ({"lora_target_modules": ["img_mlp.fc1"]}, "selects none of the 22 layers"),
         ({"enable_cache": True}, "use --cache_type taylorcache"),
         ({"use_sageattn": True}, "pip install sageattention"),
+        ({"model_path": "nobody/nothing"}, "nobody/nothing is no folder here"),
+        ({"device": "cuda:99"}, "--device cuda:99 is not on this machine"),
+        ({"output_path": Path(__file__) / "video.mp4"}, "is a file and no folder: choose another --output_path"),
     ],
 )
 def test_files_and_models_that_do_not_fit_are_named_with_the_fix(folder, tmp_path, options, fix):
@@ -182,6 +187,12 @@ def test_files_and_models_that_do_not_fit_are_named_with_the_fix(folder, tmp_pat
     with pytest.raises(UserError, match=fix):
         run(settings(folder, **options))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_place_of_the_mp4_is_noticed_before_sampling(folder, tmp_path):
+    (tmp_path / "video.mp4").mkdir()
+    with pytest.raises(UserError, match="is a folder: give the name of the mp4"):
+        run(settings(folder, output_path=tmp_path / "video.mp4", model_path="./missing"))
 
 
 def test_a_resolution_the_transformer_was_not_trained_for_is_refused(tmp_path, folder):

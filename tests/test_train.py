@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from vflora.cli import main, parse
+from vflora.models.projection_head import HeadSpec, new_head, save_head
 from vflora.models.random_original import write_small_original
+from vflora.models.random_weights import small_pipeline
 from vflora.train import run
 from vflora.training_setup import set_up
 
@@ -157,6 +159,76 @@ def test_guidance_changes_the_states_but_the_student_still_starts_as_the_teacher
     assert metrics(tmp_path / "run")[0]["loss/distill"] == 0.0
 
 
+def test_a_new_run_never_touches_the_one_that_is_there(train_flags, tmp_path, capsys):
+    run(parse("train", [*train_flags, "--max_train_steps", "2", "--save_every_steps", "1"]))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert main(["train", *train_flags, "--max_train_steps", "1", "--keep_checkpoints", "1"]) == 2
+    assert "already holds a run (checkpoint-2): go on with --resume_from_checkpoint latest" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_run_that_goes_back_leaves_later_checkpoints_aside_and_keeps_its_own(train_flags, tmp_path):
+    flags = [*train_flags, "--save_every_steps", "1"]
+    run(parse("train", flags))
+    went = losses(tmp_path / "run")
+    back = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-1"), "--keep_checkpoints", "2"]
+    saved = run(parse("train", [*flags, *back, "--max_train_steps", "3", "--learning_rate", "1e-2"]))
+    assert saved.name == "checkpoint-3"
+    names = {path.name for path in (tmp_path / "run").glob("*checkpoint-*")}
+    assert names == {
+        "checkpoint-2",
+        "checkpoint-3",
+        "left-1-checkpoint-2",
+        "left-1-checkpoint-3",
+        "left-1-checkpoint-4",
+    }
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
+    assert losses(tmp_path / "run")[2] == went[2]
+
+
+@pytest.mark.parametrize("what", ["bank", "head", "model"])
+def test_resuming_with_other_prompts_head_or_weights_is_refused(train_flags, small_models, tmp_path, capsys, what):
+    shutil.copytree(small_models, tmp_path / "models")
+    bank, head = tmp_path / "bank.yaml", tmp_path / "models" / "head.safetensors"
+    bank.write_text("template: '{character} runs'\n")
+    flags = [*train_flags, "--prompt_bank", str(bank), "--dino_head_path", str(head)]
+    flags += ["--pipeline_dir", str(tmp_path / "models" / "pipeline")]
+    run(parse("train", [*flags, "--max_train_steps", "1"]))
+    if what == "bank":
+        bank.write_text("template: '{character} sleeps'\n")
+    elif what == "head":
+        tensors = load_file(head)
+        save_head(new_head(HeadSpec(16, (8,)), torch.Generator().manual_seed(1)), head)
+        assert load_file(head).keys() == tensors.keys()
+    else:
+        small_pipeline(seed=1).save_pretrained(tmp_path / "models" / "pipeline")
+    assert main(["train", *flags, "--resume_from_checkpoint", "latest"]) == 2
+    named = {"bank": "the content of --prompt_bank", "head": "the identity head", "model": "the model in"}[what]
+    message = capsys.readouterr().err
+    assert named in message
+    assert "Resume with the same" in message
+
+
+def test_the_learning_rate_in_the_log_is_that_of_the_step(train_flags, tmp_path):
+    run(parse("train", [*train_flags, "--warmup_steps", "2", "--max_train_steps", "3"]))
+    assert [row["learning_rate"] for row in metrics(tmp_path / "run")] == pytest.approx([0.0, 0.005, 0.01])
+
+
+def test_a_prompt_builder_that_draws_at_random_draws_the_same_when_resumed(train_flags, tmp_path):
+    builder = tmp_path / "builder.py"
+    builder.write_text(
+        "import random\nimport numpy as np\n"
+        "def build_prompt(character):\n"
+        "    return f'{character} {random.random()} {np.random.rand()}'\n"
+    )
+    flags = [*train_flags, "--prompt_builder", str(builder), "--save_every_steps", "2"]
+    run(parse("train", [*flags, "--output_dir", str(tmp_path / "whole")]))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
+    run(parse("train", [*flags, "--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "latest"]))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 def test_a_run_can_start_from_a_lora(train_flags, tmp_path):
     folder = run(parse("train", [*train_flags, "--max_train_steps", "2", "--output_dir", str(tmp_path / "first")]))
     flags = [*train_flags, "--max_train_steps", "1", "--pretrained_lora_path", str(folder / "lora")]
@@ -215,6 +287,13 @@ def test_a_quick_teacher_changes_the_states_not_the_first_distillation_loss(trai
         (["--lora_target_modules", "nonsense"], "matches no layer"),
         (["--batch_size", "many"], "batch_size"),
         (["--no_such_flag", "1"], "no_such_flag"),
+        (["--warmup_steps", "-1"], "--warmup_steps must not be negative"),
+        (["--weight_decay", "-1"], "--weight_decay must not be negative"),
+        (["--lambda_id_warmup_steps", "-1"], "--lambda_id_warmup_steps must not be negative"),
+        (["--logger", "wandb"], "pip install 'vflora[wandb]'"),
+        (["--output_dir", __file__], "is a file and no folder: choose another --output_dir"),
+        (["--pipeline_dir", "nobody/nothing"], "nobody/nothing is no folder here"),
+        (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
     ],
 )
 def test_bad_settings_get_a_sentence_and_code_2(train_flags, tmp_path, capsys, change, sentence):
@@ -222,4 +301,23 @@ def test_bad_settings_get_a_sentence_and_code_2(train_flags, tmp_path, capsys, c
     message = capsys.readouterr().err
     assert sentence in message
     assert "Traceback" not in message
-    assert not list((tmp_path / "run").glob("checkpoint*"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "image_encoder"])
+@pytest.mark.parametrize("damage", ["gone", "cut short", "without weights"])
+def test_a_download_that_was_not_finished_is_told(train_flags, small_models, tmp_path, capsys, part, damage):
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(small_models / "pipeline", pipeline)
+    weights = next((pipeline / part).glob("*.safetensors"))
+    if damage == "gone":
+        shutil.rmtree(pipeline / part)
+    elif damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        weights.unlink()
+    assert main(["train", *train_flags, "--pipeline_dir", str(pipeline)]) == 2
+    message = capsys.readouterr().err
+    assert str(pipeline / part) in message
+    assert "download" in message
+    assert not (tmp_path / "run").exists()

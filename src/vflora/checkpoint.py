@@ -12,6 +12,7 @@ A checkpoint is written under another name, synced to disk, and renamed: it is t
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,7 @@ class RunState:
         data_fingerprint: of the training shards and their manifest.
         samples_per_step: of all processes and micro-batches together; 0 if it was not recorded.
         torch_version: that wrote the checkpoint; exact resume is promised for the same one.
+        sources: digests of what the run learns from besides its data, by what it is called.
     """
 
     step: int
@@ -56,6 +58,7 @@ class RunState:
     data_fingerprint: str
     samples_per_step: int = 0
     torch_version: str = torch.__version__
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -177,6 +180,22 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def leave_later(output_dir: Path, step: int) -> list[Path]:
+    """Renames the checkpoints after `step`, which a run that goes back to it leaves behind.
+
+    Otherwise `latest` would mean them, and they would count among those to keep.
+
+    Returns:
+        Their new places.
+    """
+    left = []
+    for folder in list_checkpoints(output_dir):
+        if int(folder.name.rsplit("-", 1)[1]) > step:
+            names = (folder.with_name(f"left-{number}-{folder.name}") for number in itertools.count(1))
+            left.append(folder.rename(next(name for name in names if not name.exists())))
+    return left
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:

@@ -60,7 +60,8 @@ class PromptConfig:
     prompt_bank: Path | None = None
     """YAML file of templates; without it the bank of motions and cameras that ships with the package is used."""
     prompt_builder: Path | None = None
-    """Python file with `build_prompt(character) -> str`, instead of a bank. The file is run: use only your own."""
+    """Python file with `build_prompt(character) -> str`, instead of a bank. The file is run: use only your own. It may
+    draw from `random` and `numpy.random`, which are seeded for every prompt."""
     condition_cache: Path | None = None
     """Folder that keeps encoded prompts and images across runs; complete, it spares loading the text encoder."""
     condition_lookahead: int = 16
@@ -162,6 +163,7 @@ class IdentityConfig:
         require(self.lambda_id >= 0, "--lambda_id must not be negative.")
         require(self.lambda_distill >= 0, "--lambda_distill must not be negative.")
         require(self.lambda_distill + self.lambda_id > 0, "--lambda_distill and --lambda_id must not both be 0.")
+        require(self.lambda_id_warmup_steps >= 0, "--lambda_id_warmup_steps must not be negative.")
         require(self.id_every_steps >= 1, "--id_every_steps must be at least 1.")
         require(0 < self.id_decode_scale <= 1, "--id_decode_scale must lie in (0, 1].")
         require(0 <= self.id_margin < 2, "--id_margin must lie in [0, 2).")
@@ -212,6 +214,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1.")
+        for name in ("warmup_steps", "weight_decay"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative.")
         require(self.learning_rate > 0, "--learning_rate must be above 0.")
         require(self.max_grad_norm > 0, "--max_grad_norm must be above 0.")
 

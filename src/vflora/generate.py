@@ -18,6 +18,7 @@ from vflora.distributed.lending import borrowed
 from vflora.distributed.world import World, joined
 from vflora.errors import UserError
 from vflora.inference import load_for_sampling, open_image, write_settings
+from vflora.run_folder import require_writable
 from vflora.sampling import Pipeline, default_steps, generate_video, prepare_for_sampling
 from vflora.shared_sampling import quicken, require_shareable, share, video_tokens, work_for_the_first
 from vflora.video_io import write_mp4
@@ -128,10 +129,10 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         require(bool(self.prompt.strip()), "--prompt is empty: say what happens in the video.")
         require_frames("video_length" if self.num_frames is None else "num_frames", self.frames)
-        require((self.num_inference_steps or 1) >= 1, "--num_inference_steps must be at least 1.")
-        require(self.fps >= 1, "--fps must be at least 1.")
-        require(self.total_steps >= 1, "--total_steps must be at least 1.")
-        require(self.cache_step_interval >= 1, "--cache_step_interval must be at least 1.")
+        for name in ("num_inference_steps", "fps", "total_steps", "cache_step_interval"):
+            require((value := getattr(self, name)) is None or value >= 1, f"--{name} must be at least 1.")
+        file = default_output(self) if self.output_path is None else self.output_path
+        require(file.suffix.lower() == ".mp4", f"--output_path {file} is no mp4: let its name end in .mp4.")
         require(
             not (self.sr or self.save_pre_sr_video),
             "--sr and --save_pre_sr_video are not available: drop them, and upscale the mp4 with another tool.",
@@ -194,7 +195,10 @@ def run(config: GenerateConfig) -> Path | None:
 
 
 def _look_for_files(config: GenerateConfig) -> None:
-    """Checks paths, since a wrong one should show before minutes of loading."""
+    """Checks paths, since a wrong one should show before minutes of loading and sampling."""
+    path = config.output_path or default_output(config)
+    require(not path.is_dir(), f"--output_path {path} is a folder: give the name of the mp4.")
+    require_writable(path.parent, "--output_path")
     if config.image_path is not None:
         open_image(config.image_path)
     for adapter in config.adapter_paths:

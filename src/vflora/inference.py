@@ -18,7 +18,7 @@ from vflora.adapters import AdapterInfo, add_adapters, find_adapter
 from vflora.config import TORCH_DTYPES
 from vflora.data.images import BadImageError, decode
 from vflora.errors import UserError
-from vflora.models.loading import load_pipeline
+from vflora.models.loading import load_pipeline, require_complete
 from vflora.sampling import Pipeline
 
 
@@ -49,6 +49,7 @@ def load_for_sampling(model_path: str, transformer_version: str, dtype: str, dev
         UserError: if there is no pipeline.
     """
     if _names_text_to_video(Path(model_path)):
+        require_complete(model_path, "transformer", "vae", "text_encoder", "text_encoder_2")
         pipeline = HunyuanVideo15Pipeline.from_pretrained(model_path, dtype=TORCH_DTYPES[dtype])
         return pipeline.to(device)
     return load_pipeline(model_path, transformer_version, TORCH_DTYPES[dtype], device)

@@ -79,19 +79,23 @@ def check_dino(dino_model_dir: str) -> str:
     return f"{kind} at {folder}"
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path, advice: str = _ADVICE) -> None:
     """Checks that the weight files of a component are all there and whole.
+
+    Args:
+        folder: of the component.
+        advice: how to get them.
 
     Raises:
         UserError: naming the first one that is not.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"there are no .safetensors files in {folder}: {_ADVICE}.")
+        raise UserError(f"there are no .safetensors files in {folder}: {advice}.")
     for index in folder.glob("*.safetensors.index.json"):
         for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
             if not (folder / name).is_file():
-                raise UserError(f"{folder / name} is missing: {_ADVICE}, which resumes where it stopped.")
+                raise UserError(f"{folder / name} is missing: {advice}, which resumes where it stopped.")
     for file in files:
         try:
             with safe_open(file, framework="pt"):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import re
 import runpy
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
@@ -42,8 +46,9 @@ def load_bank(path: Path | None) -> PromptBank:
     try:
         text = path.read_text() if path else resources.files("vflora").joinpath("prompts.yaml").read_text()
         content = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"the prompt bank {path} cannot be read ({error}): give a YAML file.") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"the prompt bank {path} cannot be read ({why}): give a YAML file.") from error
     if not isinstance(content, dict) or not isinstance(content.get("template"), str):
         raise UserError(f"the prompt bank {path} needs a line `template: ...` with {{character}} in it.")
     template = content.pop("template")
@@ -61,6 +66,30 @@ def load_bank(path: Path | None) -> PromptBank:
     return PromptBank(template, choices)
 
 
+@contextmanager
+def _named_faults(path: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever the user's own code raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
+        raise UserError(f"{path} fails in line {line} ({type(error).__name__}: {error}): correct it.") from error
+
+
+@contextmanager
+def _seeded(generator: torch.Generator) -> Iterator[None]:
+    """Gives `random` and numpy a seed of our own inside, so that a resumed run draws the prompts it would have."""
+    seed = int(torch.randint(2**32, (), generator=generator))
+    mine, numpys = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(mine)
+        np.random.set_state(numpys)
+
+
 def prompt_maker(config: PromptConfig) -> Callable[[str, torch.Generator], str]:
     """Returns what turns a character's name into a prompt: the bank's draw, or the user's own function.
 
@@ -71,12 +100,14 @@ def prompt_maker(config: PromptConfig) -> Callable[[str, torch.Generator], str]:
         return load_bank(config.prompt_bank).draw
     if not config.prompt_builder.is_file():
         raise UserError(f"--prompt_builder {config.prompt_builder} does not exist.")
-    build = runpy.run_path(str(config.prompt_builder)).get("build_prompt")
+    with _named_faults(config.prompt_builder):
+        build = runpy.run_path(str(config.prompt_builder)).get("build_prompt")
     if not callable(build):
         raise UserError(f"{config.prompt_builder} defines no function build_prompt(character).")
 
     def make(character: str, generator: torch.Generator) -> str:
-        prompt = build(character)
+        with _named_faults(config.prompt_builder), _seeded(generator):
+            prompt = build(character)
         if not isinstance(prompt, str):
             raise UserError(f"build_prompt({character!r}) in {config.prompt_builder} returned no text.")
         return prompt

@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from vflora.checkpoint import CheckpointWriter, RunState
+from vflora.checkpoint import CheckpointWriter, RunState, leave_later
 from vflora.config import require
 from vflora.distributed.world import joined
 from vflora.learning import learn
@@ -121,11 +121,12 @@ class Run:
                 for micro, lesson in enumerate(training.source.lessons(step, clock))
             ]
             with clock.part("optimizer"):
+                learning_rate = training.optimizer.learning_rate
                 world.reduce_gradients(training.optimizer.gradients())
                 gradient_norm = training.optimizer.step(step + 1)
         training.acceleration.end_step(world.least)
         reports = [report for own in world.gather_over_data(reports) for report in own]
-        metrics = _metrics(reports, gradient_norm, training.optimizer.learning_rate)
+        metrics = _metrics(reports, gradient_norm, learning_rate)
         metrics |= {f"seconds/{part}": value for part, value in clock.seconds().items()}
         metrics["seconds/step"] = time.perf_counter() - began
         return metrics, reports
@@ -158,6 +159,8 @@ def _open_log(training: Training) -> RunLog | NoLog:
     if not training.world.is_main:
         return NoLog()
     settings, config = training.settings, training.settings.run
+    for folder in leave_later(config.output_dir, training.start_step):
+        logger.warning("the run goes back to step %d: what came after is now %s", training.start_step, folder)
     log = RunLog(config.output_dir, config.logger, start_step=training.start_step, config=settings.flat())
     (config.output_dir / "config.yaml").write_text(settings.yaml())
     return log
@@ -248,6 +251,7 @@ def _save(training: Training, step: int, writer: CheckpointWriter) -> Path:
         training.source.batches_before(step),
         training.data_fingerprint,
         samples_per_step(settings, training.world),
+        sources=training.sources,
     )
     header = run_header(settings, step, training.characters)
 

@@ -19,6 +19,7 @@ from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from vflora.atomic import replace_file
+from vflora.checkpoint import leave_later
 from vflora.data.augment import VaeRoundTrip
 from vflora.data.identities import HeadLoader, IdentityIndex
 from vflora.errors import NonFiniteError
@@ -31,6 +32,7 @@ from vflora.head.validation_set import validation_features
 from vflora.models.identity import FrozenBackbone
 from vflora.models.projection_head import HeadSpec, ProjectionHead, new_head, save_head
 from vflora.random_streams import keyed_generator
+from vflora.run_folder import require_writable
 from vflora.run_log import RunLog
 from vflora.settings import flat_settings
 from vflora.stopping import stop_requests
@@ -138,6 +140,7 @@ class _Training:
 
 
 def _set_up(config: HeadConfig, accelerator: Accelerator) -> _Training:
+    require_writable(config.output_dir, "--output_dir")
     index = IdentityIndex.open(
         config.wds_root, config.id_key, split="train", shards=config.train_shards, manifest=str(config.train_manifest)
     )
@@ -164,6 +167,8 @@ def _set_up(config: HeadConfig, accelerator: Accelerator) -> _Training:
     if accelerator.is_main_process:
         if config.val_every:
             features = validation_features(_validation_index(config), config, backbone, round_trip)
+        for folder in leave_later(config.output_dir, step):
+            logger.warning("The run goes back to step %d: what came after is now %s.", step, folder)
         log = RunLog(config.output_dir, config.logger, start_step=step, config=flat_settings(config))
         (config.output_dir / "config.yaml").write_text(yaml.safe_dump(flat_settings(config), sort_keys=False))
     learner = _learner(config, accelerator, backbone, round_trip, head)

@@ -26,11 +26,13 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
 from vflora.models.graphed_student import Student
 from vflora.models.identity import IdentityEmbedder
-from vflora.models.loading import load_shift, load_vae
+from vflora.models.loading import check_pipeline_dir, load_shift, load_vae, require_complete
+from vflora.models.original_layout import is_original_layout
 from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
 from vflora.prompts import prompt_maker
 from vflora.resolution import clip_size, latent_shape
+from vflora.run_folder import require_place, require_same_sources, sources_of
 from vflora.settings import TrainSettings, require_same_recipe
 from vflora.student import TeacherProbe, build_student
 from vflora.teacher_source import LessonSource, TeacherSource, batches_before
@@ -62,6 +64,7 @@ class Training:
     start_step: int
     data_fingerprint: str
     characters: tuple[str, ...]
+    sources: dict[str, str]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns what a checkpoint keeps: the LoRA and the optimizer's state, by name."""
@@ -78,7 +81,8 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
     model, run = settings.model, settings.run
     device, dtype = model.torch_device(), model.torch_dtype()
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
-    checkpoint = world.from_main(lambda: _checkpoint(settings, dataset.fingerprint, world))
+    sources = world.from_main(lambda: _sources(settings))
+    checkpoint = world.from_main(lambda: _checkpoint(settings, dataset.fingerprint, sources, world))
     start_step = start_batch = 0
     if checkpoint is not None:
         start_step = read_state(checkpoint).step
@@ -200,6 +204,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         start_step=start_step,
         data_fingerprint=dataset.fingerprint,
         characters=tuple(sorted(dataset.counts)),
+        sources=sources,
     )
 
 
@@ -217,7 +222,15 @@ def _restore(denoiser: Denoiser, optimizer: LoraOptimizer, tensors: dict[str, Te
     optimizer.load_state_tensors(state, step)
 
 
-def _checkpoint(settings: TrainSettings, data_fingerprint: str, world: World) -> Path | None:
+def _sources(settings: TrainSettings) -> dict[str, str]:
+    require_place(settings.run)
+    check_pipeline_dir(settings.model.pipeline_dir)
+    if condition_folder(settings) is None and not is_original_layout(settings.model.pipeline_dir):
+        require_complete(settings.model.pipeline_dir, "text_encoder", "text_encoder_2", "image_encoder")
+    return sources_of(settings)
+
+
+def _checkpoint(settings: TrainSettings, data_fingerprint: str, sources: dict[str, str], world: World) -> Path | None:
     """Returns the checkpoint to go on from, whole and of the same run, or None to start anew."""
     wanted = settings.run.resume_from_checkpoint
     folder = find_checkpoint(wanted, settings.run.output_dir) if wanted else None
@@ -231,6 +244,7 @@ def _checkpoint(settings: TrainSettings, data_fingerprint: str, world: World) ->
             f"{folder} was trained on another data set than {settings.data.wds_root}: "
             "resume with that one, or start anew in another --output_dir."
         )
+    require_same_sources(state.sources, sources, where=folder)
     samples = samples_per_step(settings, world)
     if state.samples_per_step not in (0, samples):
         raise UserError(

@@ -112,6 +112,8 @@ def starting_point(wanted: str | None, output_dir: Path, settings: dict[str, Any
             )
         return None
     folder = find_checkpoint(wanted, output_dir)
+    if folder is None:
+        return None
     state = load_state(folder)
     saved, current = state.settings, json.loads(json.dumps(settings))
     differing = [

@@ -149,7 +149,7 @@ class HeadConfig(AugmentConfig):
     """Where metrics go besides metrics.jsonl, which is always written."""
 
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or `latest` for the newest one in --output_dir."""
+    """A checkpoint folder, `latest` for the newest one in --output_dir, or `auto`: the newest one if there is any."""
 
     def __post_init__(self) -> None:
         """Checks the ranges.

@@ -11,8 +11,10 @@ from diffusers import (
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from huggingface_hub import hf_hub_download
 
 from vflora.errors import UserError
+from vflora.model_check import check_weights
 from vflora.models.original_encoders import load_original_encoders
 from vflora.models.original_layout import Version, is_original_layout, load_original_transformer, load_original_vae
 
@@ -40,9 +42,31 @@ def check_pipeline_dir(pipeline_dir: str) -> None:
     looks_like_hub_name = pipeline_dir.count("/") == 1 and not pipeline_dir.startswith((".", "/", "~"))
     if not looks_like_hub_name:
         raise UserError(
-            f"--pipeline_dir {pipeline_dir} does not exist: "
-            f"get the model with `hf download {_HUB_NAME} --local-dir {pipeline_dir}`."
+            f"There is no model at {pipeline_dir}: get it with `hf download {_HUB_NAME} --local-dir {pipeline_dir}`."
         )
+    try:
+        hf_hub_download(pipeline_dir, "model_index.json")
+    except (OSError, ValueError) as error:  # what the hub raises, whether it says no or cannot be reached
+        raise UserError(
+            f"{pipeline_dir} is no folder here, and no model that the hub gives us ({type(error).__name__}): correct "
+            f"the name, or get the model with `hf download {_HUB_NAME} --local-dir models/HunyuanVideo-1.5-480p_i2v`."
+        ) from error
+
+
+def require_complete(pipeline_dir: str, *parts: str) -> None:
+    """Refuses a diffusers folder whose download was not finished; hub names complete themselves.
+
+    Raises:
+        UserError: naming what is missing or damaged, with the command that goes on with the download.
+    """
+    folder = Path(pipeline_dir)
+    if not folder.is_dir():
+        return
+    for part in parts:
+        advice = f"go on with `hf download {_HUB_NAME} --local-dir {pipeline_dir}`"
+        if not (folder / part / "config.json").is_file():
+            raise UserError(f"{folder / part}/config.json is missing: {advice}.")
+        check_weights(folder / part, advice)
 
 
 def load_transformer(
@@ -56,6 +80,7 @@ def load_transformer(
     check_pipeline_dir(pipeline_dir)
     if is_original_layout(pipeline_dir):
         return load_original_transformer(pipeline_dir, transformer_version, dtype, device)
+    require_complete(pipeline_dir, "transformer")
     transformer = HunyuanVideo15Transformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer", dtype=dtype)
     return transformer.requires_grad_(False).eval().to(device)
 
@@ -69,6 +94,7 @@ def load_vae(pipeline_dir: str, dtype: torch.dtype, device: torch.device | str) 
     check_pipeline_dir(pipeline_dir)
     if is_original_layout(pipeline_dir):
         return load_original_vae(pipeline_dir, dtype, device)
+    require_complete(pipeline_dir, "vae")
     vae = AutoencoderKLHunyuanVideo15.from_pretrained(pipeline_dir, subfolder="vae", dtype=dtype)
     return vae.requires_grad_(False).eval().to(device)
 
@@ -87,6 +113,7 @@ def load_encoders(
     check_pipeline_dir(pipeline_dir)
     if is_original_layout(pipeline_dir):
         return load_original_encoders(pipeline_dir, vae, dtype, transformer_version)
+    require_complete(pipeline_dir, "text_encoder", "text_encoder_2", "image_encoder")
     pipeline = HunyuanVideo15ImageToVideoPipeline.from_pretrained(pipeline_dir, transformer=None, vae=vae, dtype=dtype)
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.image_encoder):
         encoder.requires_grad_(False).eval()

@@ -143,6 +143,7 @@ def save_head(head: ProjectionHead, path: Path) -> None:
     """Writes the head in fp32 with its spec in the metadata."""
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in head.state_dict().items()}
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(asdict(head.spec))})
+    path.chmod(0o644)  # safetensors writes for its owner alone; heads are made to be shared
 
 
 def load_head(path: str | Path) -> ProjectionHead:
@@ -154,7 +155,7 @@ def load_head(path: str | Path) -> ProjectionHead:
     Raises:
         UserError: if there is no such file, or it is not a head.
     """
-    path = _find_file(Path(path))
+    path = find_head(path)
     if path.suffix == ".safetensors":
         spec, tensors = _read_safetensors(path)
         if spec is not None:
@@ -167,7 +168,13 @@ def load_head(path: str | Path) -> ProjectionHead:
     return _from_foreign(found, path)
 
 
-def _find_file(path: Path) -> Path:
+def find_head(path: str | Path) -> Path:
+    """Returns the file that `--dino_head_path` means: itself, or the best head of a run's folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(path)
     if path.is_dir():
         path = path / "identity_head.safetensors"
     if path.is_file():

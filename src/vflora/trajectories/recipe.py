@@ -55,8 +55,8 @@ def recipe_of(settings: TrainSettings, dataset: DataSet, slots: int) -> dict[str
         SLOTS: slots,
         "the schedule's shift": load_shift(model.pipeline_dir, model.transformer_version),
         DATA_SET: dataset.fingerprint,
-        MODEL: _model(model.pipeline_dir, model.transformer_version),
-        PROMPTS: _prompts(settings.prompts),
+        MODEL: model_digest(model.pipeline_dir, model.transformer_version),
+        PROMPTS: prompts_digest(settings.prompts),
     }
 
 
@@ -93,12 +93,18 @@ def _difference(name: str, made: dict[str, Any], wanted: dict[str, Any]) -> str:
     return f"{shown} was {made.get(name)} and is {wanted.get(name)}"
 
 
-def _model(pipeline_dir: str, version: str) -> str:
+def model_digest(pipeline_dir: str, version: str) -> str:
+    """Returns a digest of one transformer and of the encoders and VAE around it, cheaply."""
     transformer = f"transformer/{version}" if is_original_layout(pipeline_dir) else "transformer"
     return weights_fingerprint(pipeline_dir, (transformer, *_PARTS)).hex()
 
 
-def _prompts(config: PromptConfig) -> str:
+def prompts_digest(config: PromptConfig) -> str:
+    """Returns a digest of the file that prompts come from.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     path = config.prompt_builder or config.prompt_bank
     try:
         content = path.read_bytes() if path else resources.files("vflora").joinpath("prompts.yaml").read_bytes()

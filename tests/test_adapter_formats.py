@@ -11,7 +11,7 @@ from vflora.adapters import add_adapters
 from vflora.cli import main, parse
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import FORMATS, from_transformer, write_lora
-from vflora.models.random_weights import small_pipeline, small_transformer
+from vflora.models.random_weights import randomise_lora, small_pipeline, small_transformer
 from vflora.training_setup import set_up
 from vflora.video_io import read_mp4
 
@@ -19,9 +19,7 @@ from vflora.video_io import read_mp4
 def trained(seed, rank=2, alpha=3.0):
     transformer = small_transformer()
     add_lora(transformer, rank=rank, alpha=alpha, dropout=0.0, targets=None, seed=seed)
-    for number, (name, parameter) in enumerate(transformer.named_parameters()):
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1000 * seed + number))
+    randomise_lora(transformer.named_parameters(), std=0.2, seed=seed)
     return from_transformer(transformer, ADAPTER)
 
 

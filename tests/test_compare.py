@@ -12,7 +12,7 @@ from vflora.errors import UserError
 from vflora.inference import load_for_sampling, open_image
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import from_transformer, read_lora, write_lora
-from vflora.models.random_weights import small_pipeline, small_transformer
+from vflora.models.random_weights import randomise_lora, small_pipeline, small_transformer
 from vflora.sampling import generate_video
 from vflora.video_io import enlarge, read_mp4, to_uint8_frames, write_mp4
 
@@ -24,9 +24,7 @@ def root(tmp_path_factory):
     small_pipeline().save_pretrained(root / "model")
     transformer = small_transformer()
     add_lora(transformer, rank=2, alpha=2, dropout=0.0, targets=None, seed=0)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    randomise_lora(transformer.named_parameters(), std=0.3)
     write_lora(from_transformer(transformer, ADAPTER), root / "creatures" / "checkpoint-9" / "lora", "diffusers")
     (root / "pictures").mkdir()
     for name, colour in (("momo", "teal"), ("little_wren", "orange")):

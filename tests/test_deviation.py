@@ -5,7 +5,7 @@ from PIL import Image
 from vflora.deviation import deviations_on, record_path
 from vflora.flow import sampling_sigmas
 from vflora.models.lora import add_lora
-from vflora.models.random_weights import small_pipeline
+from vflora.models.random_weights import randomise_lora, small_pipeline
 from vflora.sampling import generate_video
 
 
@@ -15,9 +15,7 @@ def pipeline():
     pipe.prompt_template_encode_start_idx, pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 4, 32, 16
     pipe.set_progress_bar_config(disable=True)
     add_lora(pipe.transformer, rank=2, alpha=2, dropout=0.0, targets=None, seed=0)
-    for name, parameter in pipe.transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    randomise_lora(pipe.transformer.named_parameters(), std=0.3)
     return pipe
 
 

@@ -11,16 +11,14 @@ from vflora.errors import UserError
 from vflora.export import ExportConfig, reduce_rank, run
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import FORMATS, LoraModule, LoraWeights, from_transformer, read_lora, write_lora
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 
 
 @pytest.fixture(scope="module")
 def trained():
     transformer = small_transformer()
     add_lora(transformer, rank=4, alpha=6, dropout=0.0, targets=None, seed=0)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    randomise_lora(transformer.named_parameters(), std=0.3)
     return from_transformer(transformer, ADAPTER)
 
 

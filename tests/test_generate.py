@@ -4,15 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import HunyuanVideo15Pipeline
 from PIL import Image
 
 from vflora.errors import UserError
 from vflora.generate import GenerateConfig, run
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import from_transformer, write_lora
-from vflora.models.random_weights import small_pipeline, small_transformer
+from vflora.models.random_weights import randomise_lora, small_pipeline, small_text_to_video, small_transformer
 from vflora.video_io import read_mp4
 
 
@@ -24,9 +22,7 @@ def folder(tmp_path_factory):
     for name, seed, alpha in (("a", 1, 2.0), ("b", 2, 1.0)):
         transformer = small_transformer()
         add_lora(transformer, rank=2, alpha=alpha, dropout=0.0, targets=None, seed=seed)
-        for parameter_name, parameter in transformer.named_parameters():
-            if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(seed))
+        randomise_lora(transformer.named_parameters(), std=0.3, seed=seed)
         write_lora(from_transformer(transformer, ADAPTER), root / f"{name}.safetensors", "diffusers")
     checkpoint = root / "checkpoint-7" / "lora"
     checkpoint.mkdir(parents=True)
@@ -122,17 +118,7 @@ def test_group_offloading_and_compiled_or_cached_runs_go_through(folder, tmp_pat
 
 
 def test_text_to_video_where_the_folder_holds_such_a_model(folder, tmp_path):
-    source = small_pipeline()
-    HunyuanVideo15Pipeline(
-        text_encoder=source.text_encoder,
-        tokenizer=source.tokenizer,
-        transformer=small_transformer(),
-        vae=source.vae,
-        scheduler=source.scheduler,
-        text_encoder_2=source.text_encoder_2,
-        tokenizer_2=source.tokenizer_2,
-        guider=source.guider,
-    ).save_pretrained(tmp_path / "t2v")
+    small_text_to_video().save_pretrained(tmp_path / "t2v")
     tall = frames(folder, tmp_path, model_path=str(tmp_path / "t2v"), image_path=None, aspect_ratio="9:16")
     assert tall.shape[1] > tall.shape[2]
     with pytest.raises(UserError, match="--image_path"):

@@ -12,7 +12,7 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.identity import FrozenBackbone, IdentityEmbedder, Preprocessing
 from vflora.models.lora import add_lora
 from vflora.models.projection_head import HeadSpec, new_head
-from vflora.models.random_weights import small_dinov3_vit, small_vae
+from vflora.models.random_weights import randomise_lora, small_dinov3_vit, small_vae
 from vflora.models.video_vae import decode_frames
 from vflora.recipe import StepInputs, training_step
 from vflora.step_clock import StepClock
@@ -25,11 +25,7 @@ CPU = torch.device("cpu")
 def student(transformer):
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
     denoiser = Denoiser(transformer)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in denoiser.lora_parameters().items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1, generator=generator)
+    randomise_lora(denoiser.lora_parameters().items(), std=0.1)
     return denoiser
 
 

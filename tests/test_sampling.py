@@ -1,11 +1,10 @@
 import pytest
 import torch
-from diffusers import HunyuanVideo15Pipeline
 from PIL import Image
 
 from vflora.errors import UserError
 from vflora.models.lora import add_lora
-from vflora.models.random_weights import small_pipeline, small_transformer
+from vflora.models.random_weights import randomise_lora, small_pipeline, small_text_to_video
 from vflora.sampling import adapter_strength, fit_image, generate_video, prepare_for_sampling
 
 PICTURE = Image.linear_gradient("L").resize((80, 60)).convert("RGB")
@@ -21,9 +20,7 @@ def pipeline(**options):
 
 def with_lora(pipe):
     add_lora(pipe.transformer, rank=2, alpha=2, dropout=0.0, targets=None, seed=0)
-    for name, parameter in pipe.transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    randomise_lora(pipe.transformer.named_parameters(), std=0.3)
     return pipe
 
 
@@ -124,17 +121,7 @@ def test_adapter_strength_is_linear_in_the_scale():
 
 
 def test_text_to_video_runs_where_the_model_is_one():
-    source = pipeline()
-    pipe = HunyuanVideo15Pipeline(
-        text_encoder=source.text_encoder,
-        tokenizer=source.tokenizer,
-        transformer=small_transformer(),
-        vae=source.vae,
-        scheduler=source.scheduler,
-        text_encoder_2=source.text_encoder_2,
-        tokenizer_2=source.tokenizer_2,
-        guider=source.guider,
-    )
+    pipe = small_text_to_video()
     pipe.prompt_template_encode_start_idx, pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 4, 32, 16
     pipe.vision_num_semantic_tokens = 4
     pipe.set_progress_bar_config(disable=True)

@@ -16,7 +16,7 @@ from vflora.checkpoint import read_tensors
 from vflora.cli import main, parse
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import from_transformer, read_lora, to_state_dict, write_lora
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 from vflora.train import run as train
 
 RANK, ALPHA = 4, 16.0
@@ -41,9 +41,7 @@ def test_a_checkpoint_of_two_processes_is_exported_by_one_value_for_value(launch
 def trained_transformer():
     transformer = small_transformer()
     add_lora(transformer, rank=RANK, alpha=ALPHA, dropout=0.0, targets=None, seed=1)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    randomise_lora(transformer.named_parameters(), std=0.1)
     return transformer
 
 

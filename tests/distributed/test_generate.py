@@ -15,7 +15,7 @@ from vflora.generate import GenerateConfig, run
 from vflora.models.dense_attention import DenseAttention
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import from_transformer, write_lora
-from vflora.models.random_weights import small_pipeline
+from vflora.models.random_weights import randomise_lora, small_pipeline
 from vflora.sampling import generate_video
 from vflora.shared_sampling import video_tokens
 
@@ -27,9 +27,7 @@ def models(tmp_path_factory):
     pipeline = small_pipeline(heads=4)
     pipeline.save_pretrained(root / "model")
     add_lora(pipeline.transformer, rank=2, alpha=2, dropout=0.0, targets=None, seed=1)
-    for name, parameter in pipeline.transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    randomise_lora(pipeline.transformer.named_parameters(), std=0.3)
     write_lora(from_transformer(pipeline.transformer, ADAPTER), root / "checkpoint-7" / "lora", "diffusers")
     Image.linear_gradient("L").resize((80, 60)).convert("RGB").save(root / "picture.png")
     return root

@@ -8,7 +8,7 @@ from vflora.distributed.sequence_parallel import enable_context_parallel
 from vflora.distributed.sharding import shard
 from vflora.models.denoiser import Denoiser
 from vflora.models.lora import add_lora
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 
 CPU = torch.device("cpu")
 
@@ -16,10 +16,7 @@ CPU = torch.device("cpu")
 def student(dtype=torch.float32):
     transformer = small_transformer(heads=4).to(dtype)
     add_lora(transformer, rank=2, alpha=2, dropout=0.0, targets=None, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    randomise_lora(transformer.named_parameters(), std=0.1)
     transformer.enable_gradient_checkpointing()
     return Denoiser(transformer)
 

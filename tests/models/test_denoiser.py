@@ -6,7 +6,7 @@ from diffusers import HunyuanVideo15Transformer3DModel
 
 from vflora.models.denoiser import Denoiser
 from vflora.models.lora import add_lora
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 
 
 def stock_velocity(transformer, latents, sigma, conditions):
@@ -59,10 +59,7 @@ def test_teacher_is_the_base_model_bit_for_bit_even_when_the_lora_has_learned(tr
     base = copy.deepcopy(transformer)
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
     student = Denoiser(transformer)
-    with torch.no_grad():
-        for name, parameter in student.lora_parameters().items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
+    randomise_lora(student.lora_parameters().items(), std=0.1)
     latents, conditions = torch.randn(1, 4, 2, 4, 4), make_conditions()
     with torch.no_grad():
         expected = Denoiser(base).velocity(latents, 0.5, conditions)

@@ -7,7 +7,7 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.graphed_student import FixedGradients, GraphedStudent
 from vflora.models.lean_lora import lean_lora
 from vflora.models.lora import add_lora
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 from vflora.models.recompute import BlockRecompute
 from vflora.models.replay import FixedInputs, Recordings, shapes
 
@@ -17,10 +17,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def make(device="cpu", recompute="false", kept=0):
     transformer = small_transformer(layers=3)
     add_lora(transformer, rank=2, alpha=2, dropout=0.0, targets=None, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    randomise_lora(transformer.named_parameters(), std=0.02)
     lean_lora(transformer)
     transformer.to(device)
     blocks = BlockRecompute(transformer, recompute)

@@ -8,16 +8,13 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.lean_lora import LeanLora, lean_lora
 from vflora.models.lora import add_lora
 from vflora.models.precision import quantize_blocks
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 
 
 def make(*, dtype=torch.float32, dropout=0.0, storage="full"):
     transformer = small_transformer().to(dtype)
     add_lora(transformer, rank=4, alpha=8, dropout=dropout, targets=None, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    randomise_lora(transformer.named_parameters(), std=0.05)
     if storage != "full":
         quantize_blocks(transformer, storage=storage)
     return Denoiser(transformer)

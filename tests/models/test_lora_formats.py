@@ -28,7 +28,7 @@ from vflora.models.lora_formats import (
     write_lora,
 )
 from vflora.models.lora_formats.fusing import fuse, split
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 
 REFINER = "context_embedder.token_refiner.refiner_blocks.0."
 DEFAULT_TARGETS = (
@@ -49,10 +49,7 @@ def _adapted(targets=DEFAULT_TARGETS, rank=4, alpha=8, rank_pattern=None, seed=1
     transformer.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, rank_pattern=rank_pattern or {})
     )
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    randomise_lora(transformer.named_parameters(), std=0.1, seed=seed)
     return transformer
 
 
@@ -172,9 +169,7 @@ def test_the_references_exported_adapter_is_read(tmp_path):
     targets += ["adaLN_modulation.1"]
     config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, bias="none", task_type="FEATURE_EXTRACTION")
     transformer.add_adapter(config, adapter_name="default")
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    randomise_lora(transformer.named_parameters(), std=1.0)
     transformer.save_lora_adapter(save_directory=tmp_path, adapter_name="default", safe_serialization=True)
     expected = {
         name: layer.get_delta_weight("default").double()

@@ -7,7 +7,7 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.lora import add_lora
 from vflora.models.offload import BlockOffload
 from vflora.models.precision import quantize_blocks
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 
 CPU = torch.device("cpu")
 
@@ -16,9 +16,7 @@ def run(make_conditions, *, offload, storage="full"):
     transformer = small_transformer(layers=4)
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    randomise_lora(transformer.named_parameters(), std=0.02)
     quantize_blocks(transformer, storage=storage)
     transformer.enable_gradient_checkpointing()
     if offload:

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from vflora.adapters import read_adapter
 from vflora.errors import UserError
 from vflora.models.lora_formats import from_transformer, is_dcp, read_reference_dcp, to_state_dict
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -17,9 +17,7 @@ def _adapted():
     transformer = small_transformer()
     targets = r".*\.(to_q|to_out\.0|add_v_proj|norm1\.linear)|.*norm_out\.linear|norm_out\.linear"
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets))
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    randomise_lora(transformer.named_parameters(), std=1.0)
     return transformer
 
 

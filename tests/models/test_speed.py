@@ -10,7 +10,7 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import FastTeacher
 from vflora.models.lora import add_lora
 from vflora.models.precision import FrozenLinear
-from vflora.models.random_weights import small_transformer
+from vflora.models.random_weights import randomise_lora, small_transformer
 from vflora.models.recompute import BlockRecompute
 from vflora.models.speed import SpeedConfig, accelerate, compile_blocks
 
@@ -20,10 +20,7 @@ CPU = torch.device("cpu")
 def make(config, layers=4):
     transformer = small_transformer(layers=layers)
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    randomise_lora(transformer.named_parameters(), std=0.02)
     denoiser = Denoiser(transformer)
     return denoiser, accelerate(transformer, config, CPU)
 
@@ -41,10 +38,7 @@ def velocity_and_gradient(denoiser, conditions):
 def plain(make_conditions):
     transformer = small_transformer(layers=4)
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    randomise_lora(transformer.named_parameters(), std=0.02)
     return velocity_and_gradient(Denoiser(transformer), make_conditions())
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.bench.setting import BenchConfig, build_setting
 from vflora.config import require
 from vflora.devices import torch_device
 from vflora.learning import learn
+from vflora.models.random_weights import randomise_lora
 from vflora.models.speed import SpeedConfig
-from vflora.random_streams import keyed_generator, keyed_noise
+from vflora.random_streams import keyed_noise
 from vflora.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ def line(row: dict[str, Any]) -> str:
 
 def _outcome(config: BenchConfig, speed: SpeedConfig) -> Outcome:
     setting = build_setting(config, speed)
-    _train_a_little(setting)
+    # With its B factors at zero, student and teacher would agree, and half of the gradient would be missing.
+    randomise_lora(setting.denoiser.lora_parameters().items(), std=_LORA_B_STD)
     clock = StepClock(setting.device)
     (lesson,) = setting.source.lessons(0, clock)
     latents = keyed_noise(tuple(lesson.trajectory.latents.shape[1:]), "probe").to(setting.device)
@@ -145,12 +147,3 @@ def _outcome(config: BenchConfig, speed: SpeedConfig) -> Outcome:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return outcome
-
-
-@torch.no_grad()
-def _train_a_little(setting: Setting) -> None:
-    """Gives the LoRA's B factors values: at zero, student and teacher agree and half of the gradient is missing."""
-    for name, parameter in setting.denoiser.lora_parameters().items():
-        if "lora_B" in name:
-            value = torch.randn(parameter.shape, generator=keyed_generator("lora_B", name))
-            parameter.copy_(value * _LORA_B_STD)

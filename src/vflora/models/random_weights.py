@@ -5,14 +5,18 @@ Nothing here has learned anything: these models show shapes, speed, memory and e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from torch.nn import Parameter
 from transformers import (
     ByT5Tokenizer,
     DINOv3ConvNextConfig,
@@ -29,6 +33,7 @@ from transformers import (
 )
 
 from vflora.models.small_tokenizer import small_qwen_tokenizer
+from vflora.random_streams import keyed_noise
 
 _TEXT, _TEXT_2, _IMAGE = 16, 32, 12
 _ROPE_AXES = {8: (2, 2, 4), 16: (4, 6, 6), 32: (8, 12, 12), 128: (16, 56, 56)}
@@ -132,6 +137,28 @@ def small_pipeline(*, seed: int = 0, **transformer_options) -> HunyuanVideo15Ima
         image_encoder=image_encoder,
         feature_extractor=SiglipImageProcessor(size={"height": 28, "width": 28}),
     )
+
+
+def small_text_to_video() -> HunyuanVideo15Pipeline:
+    """Builds the pipeline that has no use for a picture, of the same random parts."""
+    parts = small_pipeline().components
+    return HunyuanVideo15Pipeline(
+        **{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    )
+
+
+@torch.no_grad()
+def randomise_lora(parameters: Iterable[tuple[str, Parameter]], std: float, *, seed: int = 0) -> None:
+    """Gives the B factors of a LoRA normal values, as if it had learned; at zero, where they start, it does nothing.
+
+    Args:
+        parameters: of a model, by name; all but B factors stay as they are.
+        std: of the values.
+        seed: of the values.
+    """
+    for name, parameter in parameters:
+        if "lora_B" in name:
+            parameter.copy_(std * keyed_noise(tuple(parameter.shape), seed, name))
 
 
 def small_dinov3_vit(*, hidden_size: int = 16, seed: int = 0) -> DINOv3ViTModel:

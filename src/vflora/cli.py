@@ -88,7 +88,7 @@ _ANSWERS = {"-h", "--help", "-V", "--version", "--print_config"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code: 0 done, 1 found something wrong, 2 bad input."""
-    _start_logging()
+    start_logging()
     _quiet_libraries()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not is_first() and _ANSWERS & {*words}:
@@ -185,7 +185,7 @@ def _overview() -> str:
     )
 
 
-def _start_logging() -> None:
+def start_logging() -> None:
     """Prints what the first process of a launcher logs, and warnings of any, each once."""
     logging.basicConfig(level=logging.INFO if is_first() else logging.WARNING, format="%(message)s")
     for handler in logging.getLogger().handlers:

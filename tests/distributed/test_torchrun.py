@@ -134,8 +134,8 @@ def test_a_warning_of_one_process_is_heard_and_the_same_of_all_is_heard_once(tmp
     script = tmp_path / "warn.py"
     script.write_text(
         "import logging, os\n"
-        "from vflora.cli import _start_logging\n"
-        "_start_logging()\n"
+        "from vflora.cli import start_logging\n"
+        "start_logging()\n"
         "log = logging.getLogger('vflora.test')\n"
         "log.info('for the first one')\n"
         "log.warning('all of us')\n"

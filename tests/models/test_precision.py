@@ -7,8 +7,8 @@ from torch import nn
 from vflora.errors import UserError
 from vflora.models.denoiser import Denoiser
 from vflora.models.lora import add_lora
-from vflora.models.precision import Fp8Switch, FrozenLinear, _restored, quantize_blocks, quantize_rows
-from vflora.models.random_weights import small_transformer
+from vflora.models.precision import Fp8Switch, FrozenLinear, quantize_blocks, quantize_rows, restored
+from vflora.models.random_weights import randomise_lora, small_transformer
 
 
 def relative(value, expected):
@@ -18,10 +18,7 @@ def relative(value, expected):
 def make_student(b_scale=0.02):
     transformer = small_transformer()
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = b_scale * torch.randn(parameter.shape, generator=generator)
+    randomise_lora(transformer.named_parameters(), std=b_scale)
     return transformer
 
 
@@ -132,6 +129,6 @@ def test_float8_products_of_int8_weights_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_are_restored_in_one_pass_to_the_same_bits(dtype):
     codes, scale = quantize_rows(torch.randn(33, 47, generator=torch.Generator().manual_seed(3)), torch.int8)
-    restored = _restored(codes, scale, dtype)
-    assert restored.dtype == dtype
-    assert torch.equal(restored, (codes.float() * scale).to(dtype))
+    weight = restored(codes, scale, dtype)
+    assert weight.dtype == dtype
+    assert torch.equal(weight, (codes.float() * scale).to(dtype))

@@ -50,7 +50,7 @@ def run(config: BenchRatioConfig) -> dict[str, float]:
     latents = torch.randn(1, 4, 3, 8, 8, generator=keyed_generator("latents"))
     padded = torch.zeros(1, _PADDED, conditions.prompt_embeds.shape[2])
     padded[:, :_VALID] = conditions.prompt_embeds
-    model_input = ours._model_input(latents, conditions)
+    model_input = ours.model_input(latents, conditions)
 
     @torch.no_grad()
     def padded_and_masked() -> None:

@@ -61,7 +61,7 @@ class Denoiser:
         meanflow = self.transformer.config.use_meanflow
         following = 0.0 if next_sigma is None else next_sigma
         (prediction,) = self.transformer(
-            hidden_states=self._model_input(latents, conditions),
+            hidden_states=self.model_input(latents, conditions),
             timestep=_timestep(sigma, batch, latents.device),
             timestep_r=_timestep(following, batch, latents.device) if meanflow else None,
             encoder_hidden_states=conditions.prompt_embeds.to(self.dtype),
@@ -73,8 +73,8 @@ class Denoiser:
         )
         return prediction.float()
 
-    def _model_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
-        """Noisy latents, the reference in frame 0, and the mask that says so, along the channels."""
+    def model_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Returns noisy latents, the reference in frame 0, and the mask that says so, [B, 2C + 1, T, H, W]."""
         reference = torch.zeros_like(latents)
         given = torch.zeros_like(latents[:, :1])
         if conditions.first_frame is not None:

@@ -109,16 +109,17 @@ class _StoredProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        return F.linear(x, _restored(codes, scale, x.dtype))
+        return F.linear(x, restored(codes, scale, x.dtype))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         codes, scale = ctx.saved_tensors
         (grad,) = grads
-        return grad @ _restored(codes, scale, grad.dtype), None, None
+        return grad @ restored(codes, scale, grad.dtype), None, None
 
 
-def _restored(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def restored(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns codes * scale in `dtype`: the inverse of `quantize_rows`, up to its rounding."""
     if codes.dtype != torch.int8 or torch.compiler.is_compiling():
         return (codes.float() * scale).to(dtype)
     # The same numbers in one pass over the codes, without two fp32 matrices on the way.

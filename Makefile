@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-run
 
-.PHONY: install demo test ratio lint clean
+.PHONY: install demo test docs ratio lint clean
 
 install: $(VENV)/.installed
 
@@ -34,4 +34,4 @@ lint: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) $(DEMO) site
+	rm -rf $(VENV) $(DEMO) build site

@@ -2,7 +2,7 @@
 
 import sys
 
-from vflora.cli import main
+from vflora.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["export", *sys.argv[1:]]))
+    sys.exit(entry("export")())

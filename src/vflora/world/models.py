@@ -82,11 +82,6 @@ class WorldSizes:
     shift: float = 3.0
     guidance_scale: float = 3.0
 
-    @property
-    def latent_frames(self) -> int:
-        """Latent frames of a clip."""
-        return (self.frames - 1) // 4 + 1
-
 
 def build_vae(sizes: WorldSizes, seed: int) -> AutoencoderKLHunyuanVideo15:
     """Builds an untrained VAE: 4 x in space, 4 x in time.
@@ -247,8 +242,3 @@ def save_dino(dino: DINOv3ViTModel, folder: Path) -> None:
         "image_std": IMAGENET_STD,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
-
-
-def count_parameters(*modules: nn.Module) -> int:
-    """Counts the parameters of all modules together."""
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())

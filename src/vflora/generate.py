@@ -18,14 +18,13 @@ from vflora.distributed.lending import borrowed
 from vflora.distributed.world import World, joined
 from vflora.errors import UserError
 from vflora.inference import load_for_sampling, open_image, write_settings
+from vflora.resolution import TARGET_SIZES
 from vflora.run_folder import require_writable
 from vflora.sampling import Pipeline, default_steps, generate_video, prepare_for_sampling
 from vflora.shared_sampling import quicken, require_shareable, share, video_tokens, work_for_the_first
 from vflora.video_io import write_mp4
 
 log = logging.getLogger(__name__)
-
-_TARGET_SIZES = {"480p": 640, "720p": 960}
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ def _steps(config: GenerateConfig, pipeline: Pipeline) -> int:
 
 
 def _check_resolution(pipeline: Pipeline, resolution: str | None) -> None:
-    trained = {size: name for name, size in _TARGET_SIZES.items()}.get(pipeline.target_size)
+    trained = {size: name for name, size in TARGET_SIZES.items()}.get(pipeline.target_size)
     if resolution is not None and trained is not None and resolution != trained:
         raise UserError(f"This transformer is made for {trained}: use --resolution {trained}, or load another one.")
 

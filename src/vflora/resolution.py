@@ -10,7 +10,8 @@ from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15I
 from vflora.config import require
 from vflora.errors import UserError
 
-_TARGET_SIZES = {"480p": 640, "720p": 960}
+TARGET_SIZES = {"480p": 640, "720p": 960}
+"""What the model calls these resolutions: the side of a square of as many pixels."""
 
 
 def clip_size(target: str, image_size: tuple[int, int], divisor: int) -> tuple[int, int]:
@@ -24,10 +25,10 @@ def clip_size(target: str, image_size: tuple[int, int], divisor: int) -> tuple[i
     Raises:
         UserError: if the target is none of these or does not divide.
     """
-    if target in _TARGET_SIZES:
+    if target in TARGET_SIZES:
         processor = HunyuanVideo15ImageProcessor(vae_scale_factor=divisor)
         height, width = image_size
-        return processor.calculate_default_height_width(height, width, target_size=_TARGET_SIZES[target])
+        return processor.calculate_default_height_width(height, width, target_size=TARGET_SIZES[target])
     match = re.fullmatch(r"(\d+)x(\d+)", target)
     if match is None:
         raise UserError(f"--train_target_resolution {target} is unknown: use 480p, 720p or HEIGHTxWIDTH.")

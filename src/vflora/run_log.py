@@ -16,6 +16,16 @@ from torch.utils.tensorboard import SummaryWriter
 from vflora.errors import UserError
 
 
+def require_logger(logger: str) -> None:
+    """Refuses a logger that is not installed.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    if logger == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--logger wandb needs the package: pip install 'vflora[wandb]'.")
+
+
 class RunLog:
     """Writes scalars by step; going back to an earlier step removes the lines after it."""
 
@@ -39,8 +49,7 @@ class RunLog:
         if logger == "tensorboard":
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
         elif logger == "wandb":
-            if importlib.util.find_spec("wandb") is None:
-                raise UserError("--logger wandb needs the package: pip install 'vflora[wandb]'.")
+            require_logger(logger)
             wandb = importlib.import_module("wandb")
 
             self._wandb = wandb.init(project="vflora", dir=str(output_dir), config=config, resume="allow")

@@ -32,7 +32,9 @@ from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
 from vflora.prompts import prompt_maker
 from vflora.resolution import clip_size, latent_shape
-from vflora.run_folder import require_place, require_same_sources, sources_of
+from vflora.run_folder import require_place
+from vflora.run_log import require_logger
+from vflora.run_sources import require_same_sources, sources_of
 from vflora.settings import TrainSettings, require_same_recipe
 from vflora.student import TeacherProbe, build_student
 from vflora.teacher_source import LessonSource, TeacherSource, batches_before
@@ -224,6 +226,7 @@ def _restore(denoiser: Denoiser, optimizer: LoraOptimizer, tensors: dict[str, Te
 
 def _sources(settings: TrainSettings) -> dict[str, str]:
     require_place(settings.run)
+    require_logger(settings.run.logger)
     check_pipeline_dir(settings.model.pipeline_dir)
     if condition_folder(settings) is None and not is_original_layout(settings.model.pipeline_dir):
         require_complete(settings.model.pipeline_dir, "text_encoder", "text_encoder_2", "image_encoder")

@@ -31,6 +31,7 @@ from vflora.config import TORCH_DTYPES, Precision, require, require_frames
 from vflora.devices import torch_device
 from vflora.models.random_weights import small_pipeline
 from vflora.random_streams import keyed_generator
+from vflora.resolution import TARGET_SIZES
 from vflora.sampling import prepare_for_sampling
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def build_pipeline(config: BenchGenerateConfig, device: torch.device) -> Hunyuan
     with device:
         image_encoder = SiglipVisionModel(vision)
     transformer = build_transformer("real", dtype)
-    transformer.register_to_config(target_size=640 if config.resolution == "480p" else 960, task_type="i2v")
+    transformer.register_to_config(target_size=TARGET_SIZES[config.resolution], task_type="i2v")
     return HunyuanVideo15ImageToVideoPipeline(
         text_encoder=None,
         tokenizer=None,

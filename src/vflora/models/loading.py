@@ -18,10 +18,6 @@ from vflora.model_check import check_weights
 from vflora.models.original_encoders import load_original_encoders
 from vflora.models.original_layout import Version, is_original_layout, load_original_transformer, load_original_vae
 
-LICENCE_NOTE = (
-    "HunyuanVideo-1.5 weights are under the Tencent Hunyuan Community License (not for use in the EU, UK and South "
-    "Korea; read it before you share what you train)."
-)
 _HUB_NAME = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"
 
 

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-NUMBERS = 15
-"""Numbers of a background: base hue, hue shift, lightness, saturation; drift; and for each of two rows of hills
-height, amplitude, waves, phase, shade."""
-
 
 def sample_backgrounds(count: int, generator: torch.Generator) -> Tensor:
-    """Draws the numbers of backgrounds, [count, NUMBERS]."""
+    """Draws the numbers of backgrounds, [count, 15].
+
+    They are base hue, hue shift, lightness, saturation; drift; and for each of two rows of hills height, amplitude,
+    waves, phase, shade.
+    """
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
@@ -32,7 +32,7 @@ def draw_backgrounds(backdrop: Tensor, frames: int, size: int) -> Tensor:
     """Draws backgrounds.
 
     Args:
-        backdrop: numbers from `sample_backgrounds` [B, NUMBERS].
+        backdrop: numbers from `sample_backgrounds` [B, 15].
         frames: F.
         size: side of the frames in pixels.
 

@@ -100,6 +100,15 @@ def test_overview_lists_every_command(capsys):
     assert all(f"  {name} " in shown for name in COMMANDS)
 
 
+def test_a_disk_that_fills_up_is_told_in_one_line(train_flags, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").symlink_to("/dev/full")
+    assert main(["train", *train_flags]) == 2
+    error = capsys.readouterr().err
+    assert "is full: make room and run the command again" in error
+    assert "Traceback" not in error
+
+
 def test_an_unknown_command_is_told_with_code_2(capsys):
     assert main(["trian"]) == 2
     assert "no command 'trian'" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import resource
 
 import pytest
 import torch
@@ -139,6 +140,17 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         export(checkpoint, tmp_path)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_disk_that_does_not_take_the_file_is_told_and_nothing_is_left(checkpoint, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written .* make room there"):
+            run(ExportConfig(checkpoint, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_without_an_adapter_is_refused_with_what_to_give(tmp_path):

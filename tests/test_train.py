@@ -150,6 +150,18 @@ def test_a_cache_that_is_complete_spares_loading_the_text_encoder(train_flags, t
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
+def test_a_damaged_entry_of_the_cache_is_named_and_made_again(train_flags, tmp_path, caplog):
+    flags = [*train_flags, "--max_train_steps", "1", "--condition_cache", str(tmp_path / "cache")]
+    run(parse("train", [*flags, "--output_dir", str(tmp_path / "first")]))
+    damaged = next((tmp_path / "cache").rglob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    run(parse("train", [*flags, "--output_dir", str(tmp_path / "second")]))
+    assert f"{damaged} is damaged" in caplog.text
+    first, second = (metrics(tmp_path / name)[0]["loss/total"] for name in ("first", "second"))
+    assert first == second
+    assert len(load_file(damaged)) == 2
+
+
 def test_teacher_check_passes_while_the_student_learns(train_flags):
     run(parse("train", [*train_flags, "--teacher_check", "1", "--max_train_steps", "2"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -82,6 +83,7 @@ COMMANDS: dict[str, Command] = {
     "bench ratio": Command("what dropped padding and shared weights gain", "vflora.bench.ratio", "BenchRatioConfig"),
 }
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ANSWERS = {"-h", "--help", "-V", "--version", "--print_config"}
 """Flags that are answered by printing and nothing else: one process of a launcher is enough."""
 
@@ -106,6 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if first_to_say(str(error)):
             print(f"vflora: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        if first_to_say("disk full"):
+            where = f" that holds {error.filename}" if error.filename else ""
+            print(f"vflora: the disk{where} is full: make room and run the command again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first_to_say("interrupted"):

@@ -12,6 +12,7 @@ from typing import Literal
 
 from vflora import acceleration
 from vflora.adapters import AdapterInfo, add_adapters, find_adapter
+from vflora.atomic import require_space
 from vflora.config import Precision, require, require_frames
 from vflora.devices import torch_device
 from vflora.distributed.lending import borrowed
@@ -197,7 +198,7 @@ def _look_for_files(config: GenerateConfig) -> None:
     """Checks paths, since a wrong one should show before minutes of loading and sampling."""
     path = config.output_path or default_output(config)
     require(not path.is_dir(), f"--output_path {path} is a folder: give the name of the mp4.")
-    require_writable(path.parent, "--output_path")
+    require_space(require_writable(path.parent, "--output_path"), 64 << 20, "make room for the video.")
     if config.image_path is not None:
         open_image(config.image_path)
     for adapter in config.adapter_paths:

@@ -25,8 +25,11 @@ def require_place(run: RunConfig) -> None:
         )
 
 
-def require_writable(folder: Path, flag: str) -> None:
+def require_writable(folder: Path, flag: str) -> Path:
     """Refuses a folder that cannot be made or written to.
+
+    Returns:
+        The folder, or the nearest one above it that is there.
 
     Raises:
         UserError: naming what is in the way.
@@ -36,3 +39,4 @@ def require_writable(folder: Path, flag: str) -> None:
         nearest = nearest.parent
     require(nearest.is_dir(), f"{nearest} is a file and no folder: choose another {flag}.")
     require(os.access(nearest, os.W_OK | os.X_OK), f"{nearest} cannot be written to: choose another {flag}.")
+    return nearest

@@ -161,9 +161,9 @@ def _open_log(training: Training) -> RunLog | NoLog:
     settings, config = training.settings, training.settings.run
     for folder in leave_later(config.output_dir, training.start_step):
         logger.warning("the run goes back to step %d: what came after is now %s", training.start_step, folder)
-    log = RunLog(config.output_dir, config.logger, start_step=training.start_step, config=settings.flat())
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     (config.output_dir / "config.yaml").write_text(settings.yaml())
-    return log
+    return RunLog(config.output_dir, config.logger, start_step=training.start_step, config=settings.flat())
 
 
 def _loop(progress: Run) -> Path:

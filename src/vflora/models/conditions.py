@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from vflora.models.loading import load_encoders
 from vflora.models.video_vae import encode_first_frame
 from vflora.types import Conditions
 
+logger = logging.getLogger(__name__)
+
 _MEMORY_BYTES = 2 << 30
 
 
@@ -36,14 +39,18 @@ class ConditionCache:
         self._bytes = 0
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """Returns the entry, or None."""
+        """Returns the entry, or None; a damaged file, as a power cut leaves them, counts as none."""
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
         path = self._path(key)
         if path is None or not path.is_file():
             return None
-        entry = load_file(path)
+        try:
+            entry = load_file(path)
+        except SafetensorError as error:
+            logger.warning("%s is damaged (%s) and is made again", path, error)
+            return None
         self._remember(key, entry)
         return entry
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def write_lora(
         The file written.
 
     Raises:
-        UserError: if the format is unknown or a module has no name in it.
+        UserError: if the format is unknown, a module has no name in it, or the disk does not take the file.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
@@ -63,7 +64,11 @@ def write_lora(
         header[CONFIG_KEY] = json.dumps(config, indent=2, sort_keys=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(file.name + ".tmp")
-    save_file(tensors, unfinished, metadata=header)
+    try:
+        save_file(tensors, unfinished, metadata=header)
+    except SafetensorError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{file} cannot be written ({error}): make room there, or choose another place.") from error
     unfinished.chmod(0o644)  # safetensors writes for its owner alone; this file is made to be shared
     os.replace(unfinished, file)
     return file

@@ -51,10 +51,12 @@ def test_only_the_newest_are_kept(tmp_path, state):
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path, state):
     assert starting_point(None, tmp_path, SETTINGS) is None
+    assert starting_point("auto", tmp_path, SETTINGS) is None
     save_state(state, tmp_path, None)
     with pytest.raises(UserError, match=r"already holds a run \(checkpoint-3\).*--resume_from_checkpoint latest"):
         starting_point(None, tmp_path, SETTINGS)
     assert starting_point("latest", tmp_path, SETTINGS).step == 3
+    assert starting_point("auto", tmp_path, SETTINGS).step == 3
 
 
 def test_another_recipe_data_set_or_number_of_processes_is_refused(tmp_path, state):

@@ -23,6 +23,11 @@ def test_saved_head_comes_back_with_its_spec_and_the_same_numbers(tmp_path):
     assert torch.equal(again(features), head(features))
 
 
+def test_a_saved_head_may_be_read_by_others(tmp_path):
+    save_head(new_head(HeadSpec(4, (2,)), keyed_generator(0)), tmp_path / "head.safetensors")
+    assert (tmp_path / "head.safetensors").stat().st_mode & 0o044 == 0o044
+
+
 def test_embeddings_have_length_one():
     head = new_head(HeadSpec(in_width=6, dims=(8, 4)), keyed_generator(0)).eval()
     norms = head(torch.randn(5, 6, generator=keyed_generator(1))).norm(dim=-1)

@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -115,3 +116,15 @@ def trained_run(make_train_flags, tmp_path_factory):
     flags = ["--enable_validation", "--val_num_samples", "2", "--val_video_length", "5", "--val_every_steps", "2"]
     train(parse("train", [*make_train_flags(folder), *flags, "--logger", "tensorboard"]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def losses():
+    """Reads the losses of a run's folder to the last bit, by step."""
+    names = ("loss/distill", "loss/identity", "gradient_norm")
+
+    def read(folder):
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return {row["step"]: [float(row[n]).hex() for n in names] for row in rows if "loss/distill" in row}
+
+    return read

@@ -44,12 +44,6 @@ def trained(flags, output_dir, *extra):
     return train(parse("train", [*flags, "--output_dir", str(output_dir), *extra]))
 
 
-def losses(output_dir):
-    """Every loss to the last bit, by step."""
-    rows = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
-    return {r["step"]: [float(r[k]).hex() for k in ("loss/distill", "loss/identity", "gradient_norm")] for r in rows}
-
-
 def samples(folder):
     """Everything in the finished shards, as webdataset groups it."""
     found = {}
@@ -87,7 +81,7 @@ def refuse(*_args, **_kwargs):
     ],
 )
 def test_training_from_disk_equals_the_run_that_rolled_out_itself_without_teacher_or_encoders(
-    flags, folder, tmp_path, monkeypatch, extra
+    flags, folder, tmp_path, monkeypatch, extra, losses
 ):
     trained([*flags, *extra], tmp_path / "own")
     roll_out(storing([*flags, *extra], folder))
@@ -99,7 +93,7 @@ def test_training_from_disk_equals_the_run_that_rolled_out_itself_without_teache
 
 
 def test_killed_and_resumed_from_disk_with_reuse_and_accumulation_equals_the_run_that_rolled_out_itself(
-    flags, folder, tmp_path
+    flags, folder, tmp_path, losses
 ):
     flags = [*flags, "--trajectory_reuse", "3", "--gradient_accumulation_steps", "2"]
     flags += ["--save_every_steps", "2"]
@@ -123,7 +117,7 @@ def test_killed_and_resumed_from_disk_with_reuse_and_accumulation_equals_the_run
     assert losses(tmp_path / "disk") == losses(tmp_path / "own")
 
 
-def test_a_run_may_go_over_from_its_own_rollouts_to_the_disk(flags, shared, tmp_path):
+def test_a_run_may_go_over_from_its_own_rollouts_to_the_disk(flags, shared, tmp_path, losses):
     _, folder = shared
     trained(flags, tmp_path / "own", "--save_every_steps", "2")
     shutil.copytree(tmp_path / "own", tmp_path / "both")
@@ -157,7 +151,7 @@ def test_samples_are_what_the_steps_look_at_and_no_more(shared):
         assert 2 * 2 * VALUES * 4 <= len(content) < 2 * 2 * VALUES * 4 + 300
 
 
-def test_bf16_takes_half_the_bytes_and_only_rounds(shared, flags, folder, tmp_path):
+def test_bf16_takes_half_the_bytes_and_only_rounds(shared, flags, folder, tmp_path, losses):
     roll_out(storing(flags, folder, "--trajectory_dtype", "bf16", "--max_train_steps", "1"))
     ((_, rounded),) = samples(folder).values()
     exact = load(next(iter(samples(shared[1]).values()))[1])
@@ -307,7 +301,7 @@ def test_another_data_set_model_or_prompt_bank_is_refused(shared, small_data, sm
     assert f"--{what}" in capsys.readouterr().err
 
 
-def test_what_the_student_learns_with_may_differ(shared, tmp_path):
+def test_what_the_student_learns_with_may_differ(shared, tmp_path, losses):
     flags, folder = shared
     other = [
         "--lora_r",
@@ -343,7 +337,7 @@ def test_damage_is_found_and_told(shared, tmp_path, capsys, damage):
     assert f"{shard} is damaged" in capsys.readouterr().err
 
 
-def test_a_builder_that_draws_for_itself_is_asked_once(flags, folder, tmp_path):
+def test_a_builder_that_draws_for_itself_is_asked_once(flags, folder, tmp_path, losses):
     builder = tmp_path / "builder.py"
     builder.write_text("import random\ndef build_prompt(character): return f'{character} {random.random()}'\n")
     flags = [*flags, "--prompt_builder", str(builder), "--max_train_steps", "2"]

@@ -21,19 +21,15 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(folder):
-    """Every loss to the last bit, by step."""
-    return {
-        row["step"]: [float(row[k]).hex() for k in ("loss/distill", "loss/identity", "gradient_norm")]
-        for row in metrics(folder)
-        if "loss/distill" in row
-    }
-
-
-def same(folder, other):
+@pytest.fixture
+def same(losses):
     """Up to the order of sums, which the memory layout of the weights decides on CPUs."""
-    ours, theirs = ([float.fromhex(x) for row in losses(f).values() for x in row] for f in (folder, other))
-    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-9)
+
+    def compare(folder, other):
+        ours, theirs = ([float.fromhex(x) for row in losses(f).values() for x in row] for f in (folder, other))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-9)
+
+    return compare
 
 
 def test_first_step_has_no_distillation_loss_because_the_student_is_the_teacher(train_flags, tmp_path):
@@ -62,7 +58,7 @@ def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path):
         ["--lora_dropout", "0.2", "--batch_size", "2", "--p_secondary", "0.5"],
     ],
 )
-def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(train_flags, tmp_path, extra):
+def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(train_flags, tmp_path, extra, losses):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = [*train_flags, "--max_train_steps", "6", "--save_every_steps", "2", *extra]
     run(parse("train", [*flags, "--output_dir", str(whole)]))
@@ -138,7 +134,7 @@ def test_resuming_another_recipe_is_refused(train_flags, capsys, change, sentenc
     assert sentence in capsys.readouterr().err
 
 
-def test_a_cache_that_is_complete_spares_loading_the_text_encoder(train_flags, tmp_path, monkeypatch):
+def test_a_cache_that_is_complete_spares_loading_the_text_encoder(train_flags, tmp_path, monkeypatch, losses):
     flags = [*train_flags, "--max_train_steps", "2", "--condition_cache", str(tmp_path / "cache")]
     run(parse("train", [*flags, "--output_dir", str(tmp_path / "first")]))
 
@@ -179,7 +175,7 @@ def test_a_new_run_never_touches_the_one_that_is_there(train_flags, tmp_path, ca
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
-def test_a_run_that_goes_back_leaves_later_checkpoints_aside_and_keeps_its_own(train_flags, tmp_path):
+def test_a_run_that_goes_back_leaves_later_checkpoints_aside_and_keeps_its_own(train_flags, tmp_path, losses):
     flags = [*train_flags, "--save_every_steps", "1"]
     run(parse("train", flags))
     went = losses(tmp_path / "run")
@@ -226,7 +222,7 @@ def test_the_learning_rate_in_the_log_is_that_of_the_step(train_flags, tmp_path)
     assert [row["learning_rate"] for row in metrics(tmp_path / "run")] == pytest.approx([0.0, 0.005, 0.01])
 
 
-def test_a_prompt_builder_that_draws_at_random_draws_the_same_when_resumed(train_flags, tmp_path):
+def test_a_prompt_builder_that_draws_at_random_draws_the_same_when_resumed(train_flags, tmp_path, losses):
     builder = tmp_path / "builder.py"
     builder.write_text(
         "import random\nimport numpy as np\n"
@@ -248,7 +244,7 @@ def test_a_run_can_start_from_a_lora(train_flags, tmp_path):
     assert metrics(tmp_path / "run")[0]["loss/distill"] > 0.0
 
 
-def test_a_run_starts_from_the_weights_as_first_published(train_flags, small_models, tmp_path):
+def test_a_run_starts_from_the_weights_as_first_published(train_flags, small_models, tmp_path, losses):
     write_small_original(tmp_path / "original")
     flags = [*train_flags, "--max_train_steps", "2", "--pipeline_dir"]
     run(parse("train", [*flags, str(tmp_path / "original"), "--output_dir", str(tmp_path / "first")]))
@@ -265,7 +261,7 @@ def test_a_run_starts_from_the_weights_as_first_published(train_flags, small_mod
         ["--id_decode_recompute", "false"],
     ],
 )
-def test_switches_for_time_and_memory_change_no_loss_and_may_change_on_resume(train_flags, tmp_path, switch):
+def test_switches_for_time_and_memory_change_no_loss_and_may_change_on_resume(train_flags, tmp_path, switch, same):
     plain, other = tmp_path / "plain", tmp_path / "other"
     run(parse("train", [*train_flags, "--output_dir", str(plain)]))
     flags = [*train_flags, "--output_dir", str(other)]
@@ -276,7 +272,7 @@ def test_switches_for_time_and_memory_change_no_loss_and_may_change_on_resume(tr
     same(other, plain)
 
 
-def test_a_quick_teacher_changes_the_states_not_the_first_distillation_loss(train_flags, tmp_path):
+def test_a_quick_teacher_changes_the_states_not_the_first_distillation_loss(train_flags, tmp_path, losses):
     flags = [*train_flags, "--gradient_accumulation_steps", "2", "--max_train_steps", "1"]
     run(parse("train", [*flags, "--output_dir", str(tmp_path / "plain")]))
     run(parse("train", [*flags, "--rollout_stride", "2", "--output_dir", str(tmp_path / "quick")]))
@@ -333,3 +329,16 @@ def test_a_download_that_was_not_finished_is_told(train_flags, small_models, tmp
     assert str(pipeline / part) in message
     assert "download" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["transformer", "image_encoder", "scheduler", "tokenizer", "feature_extractor"])
+def test_a_configuration_that_is_gone_or_cut_short_is_told(train_flags, small_models, tmp_path, capsys, part):
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(small_models / "pipeline", pipeline)
+    config = next((pipeline / part).glob("*config.json"))
+    config.write_text('{"half": ')
+    assert main(["train", *train_flags, "--pipeline_dir", str(pipeline)]) == 2
+    assert f"{config} is damaged" in capsys.readouterr().err
+    config.unlink()
+    assert main(["train", *train_flags, "--pipeline_dir", str(pipeline)]) == 2
+    assert f"{config} is missing: go on with `hf download" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """What happens to a run when a process, a disk or a number breaks, and how it goes on."""
 
-import json
 import os
 import resource
 import shutil
@@ -29,11 +28,6 @@ def settings(train_flags, tmp_path):
     return make
 
 
-def losses(folder):
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {r["step"]: [float(r[k]).hex() for k in ("loss/distill", "loss/identity", "gradient_norm")] for r in rows}
-
-
 def as_numbers(rows):
     return [float.fromhex(value) for values in rows.values() for value in values]
 
@@ -59,7 +53,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_saved_by_two_processes_resumed_by_two_one_and_four(launch, settings, tmp_path):
+def test_saved_by_two_processes_resumed_by_two_one_and_four(launch, settings, tmp_path, losses):
     whole = tmp_path / "run"
     launch(2, partial(run, settings(2)))
     for processes in (2, 1, 4):
@@ -73,7 +67,7 @@ def test_saved_by_two_processes_resumed_by_two_one_and_four(launch, settings, tm
         assert as_numbers(losses(part)) == pytest.approx(as_numbers(losses(whole)), rel=1e-4, abs=1e-12)
 
 
-def test_saving_beside_the_training_changes_nothing_and_leaves_the_same_files(launch, settings, tmp_path):
+def test_saving_beside_the_training_changes_nothing_and_leaves_the_same_files(launch, settings, tmp_path, losses):
     launch(2, partial(run, settings(2)))
     beside = tmp_path / "beside"
     launch(2, partial(run, settings(2, "--async_save", output_dir=beside)))

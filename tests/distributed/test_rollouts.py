@@ -1,6 +1,5 @@
 """Training from trajectories on disk as several processes."""
 
-import json
 from functools import partial
 
 from vflora.cli import parse
@@ -8,12 +7,7 @@ from vflora.rollouts import run as roll_out
 from vflora.train import run as train
 
 
-def losses(folder):
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {r["step"]: [float(r[k]).hex() for k in ("loss/distill", "loss/identity", "gradient_norm")] for r in rows}
-
-
-def test_two_processes_from_disk_equal_two_that_roll_out_to_the_last_bit(launch, make_train_flags, tmp_path):
+def test_two_processes_from_disk_equal_two_that_roll_out_to_the_last_bit(launch, make_train_flags, tmp_path, losses):
     trajectories = tmp_path / "trajectories"
     flags = ["--train_video_length", "5", "--learning_rate", "3e-2", "--batch_size", "2", "--trajectory_reuse", "2"]
 

@@ -1,6 +1,5 @@
 """Real launches with torchrun: restart after a death, and two agents that meet as two machines would."""
 
-import json
 import os
 import socket
 import subprocess
@@ -36,11 +35,6 @@ def flags(train_flags):
     ]
 
 
-def losses(folder):
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {r["step"]: [float(r[k]).hex() for k in ("loss/distill", "loss/identity", "gradient_norm")] for r in rows}
-
-
 def environment(**more):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **more}
@@ -57,7 +51,7 @@ def start(command, **more):
     )
 
 
-def test_after_a_death_torchrun_starts_again_and_the_run_goes_on_to_the_same_end(flags, tmp_path):
+def test_after_a_death_torchrun_starts_again_and_the_run_goes_on_to_the_same_end(flags, tmp_path, losses):
     script = tmp_path / "killed_once.py"
     script.write_text(KILLED_ONCE)
     restarting = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=1", str(script), *flags]
@@ -72,7 +66,7 @@ def test_after_a_death_torchrun_starts_again_and_the_run_goes_on_to_the_same_end
     assert losses(tmp_path / "cut") == losses(tmp_path / "run"), "to the last bit"
 
 
-def test_two_agents_on_one_machine_meet_as_two_machines_would(flags, tmp_path):
+def test_two_agents_on_one_machine_meet_as_two_machines_would(flags, tmp_path, losses):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
@@ -77,6 +78,27 @@ def check_dino(dino_model_dir: str) -> str:
         raise UserError(f"{folder} holds a {kind}, not a DINOv3: {_ADVICE}.")
     check_weights(folder)
     return f"{kind} at {folder}"
+
+
+def check_json(file: Path, advice: str = _ADVICE) -> dict[str, Any]:
+    """Reads the configuration of a component.
+
+    Args:
+        file: its JSON.
+        advice: how to get it.
+
+    Raises:
+        UserError: if it is missing or broken.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file} is missing: {advice}.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): {advice}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is no configuration: {advice}.")
+    return found
 
 
 def check_weights(folder: Path, advice: str = _ADVICE) -> None:

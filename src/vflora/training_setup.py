@@ -26,7 +26,7 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
 from vflora.models.graphed_student import Student
 from vflora.models.identity import IdentityEmbedder
-from vflora.models.loading import check_pipeline_dir, load_shift, load_vae, require_complete
+from vflora.models.loading import ENCODERS, check_pipeline_dir, load_shift, load_vae, require_complete
 from vflora.models.original_layout import is_original_layout
 from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
@@ -229,7 +229,7 @@ def _sources(settings: TrainSettings) -> dict[str, str]:
     require_logger(settings.run.logger)
     check_pipeline_dir(settings.model.pipeline_dir)
     if condition_folder(settings) is None and not is_original_layout(settings.model.pipeline_dir):
-        require_complete(settings.model.pipeline_dir, "text_encoder", "text_encoder_2", "image_encoder")
+        require_complete(settings.model.pipeline_dir, *ENCODERS)
     return sources_of(settings)
 
 

@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(config):
     ("changed", "sentence"),
     [
         ({"pk_identities": 7}, r"--pk-identities 7.*6 identities.*use 2 to 6"),
-        ({"pk_instances": 7}, "0 identities with 7 or more pictures.*lower --pk-instances"),
+        ({"pk_instances": 7}, "only 0 identities have 7 or more pictures.*lower --pk-instances"),
         ({"id_key": "number"}, "no column 'number'.*--id-key"),
         ({"train_shards": "x-*.tar"}, "no shards"),
         ({"model_dir": Path("nowhere")}, "hf download"),

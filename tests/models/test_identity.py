@@ -92,7 +92,16 @@ def test_missing_or_foreign_models_are_refused_with_the_line_to_run(model_dir, h
         IdentityEmbedder.load(tmp_path / "nowhere", head_path)
     for weights in model_dir.glob("*.safetensors"):
         weights.unlink()
-    with pytest.raises(UserError, match=r"no \.safetensors weights.*hf download"):
+    with pytest.raises(UserError, match=r"no \.safetensors files.*hf download"):
+        FrozenBackbone.load(model_dir)
+    (model_dir / "model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(UserError, match=r"model\.safetensors is cut short or damaged"):
+        FrozenBackbone.load(model_dir)
+    (tmp_path / "dino" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    with pytest.raises(UserError, match="holds a nameless model, not DINOv3"):
+        FrozenBackbone.load(model_dir)
+    (tmp_path / "dino" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged .*hf download"):
         FrozenBackbone.load(model_dir)
     (tmp_path / "dino" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="holds a bert model, not DINOv3"):

@@ -165,11 +165,17 @@ class IdentityBatches:
             raise UserError(
                 f"--max-per-identity {self.max_per_identity} is below --pk-instances {self.instances}: raise it."
             )
+        most = len(self.pools) // self.world_size
+        if most < 2:
+            raise UserError(
+                f"only {len(self.pools)} identities have {self.instances} or more pictures, which is too few for a "
+                f"batch on each of {self.world_size} process(es): lower --pk-instances, or add pictures."
+            )
         if not 2 <= self.identities * self.world_size <= len(self.pools):
             raise UserError(
                 f"--pk-identities {self.identities} on {self.world_size} process(es) does not fit the "
                 f"{len(self.pools)} identities with {self.instances} or more pictures: use 2 to "
-                f"{len(self.pools) // self.world_size}, or lower --pk-instances."
+                f"{most}, or lower --pk-instances."
             )
 
     def batch(self, number: int) -> list[Sample]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from vflora.errors import UserError
+from vflora.model_check import check_json, check_weights
 from vflora.models.projection_head import ProjectionHead, load_head
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -91,17 +92,15 @@ class FrozenBackbone(nn.Module):
                 f"There is no DINOv3 model in {folder}: accept its licence on its page and run "
                 f"`hf download {_EXAMPLE_MODEL} --local-dir {folder}`."
             )
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.model_type not in _KINDS:
+        advice = f"finish the download with `hf download {_EXAMPLE_MODEL} --local-dir {folder}`"
+        kind = check_json(folder / "config.json", advice).get("model_type", "nameless")
+        if kind not in _KINDS:
             raise UserError(
-                f"{folder} holds a {config.model_type} model, not DINOv3: pass the folder of a DINOv3 ViT or "
+                f"{folder} holds a {kind} model, not DINOv3: pass the folder of a DINOv3 ViT or "
                 f"ConvNeXt in the transformers layout, for example {_EXAMPLE_MODEL}."
             )
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(
-                f"{folder} has a config.json but no .safetensors weights: finish the download with "
-                f"`hf download {_EXAMPLE_MODEL} --local-dir {folder}`."
-            )
+        check_weights(folder, advice)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
         return cls(model.to(device), Preprocessing.read(folder, config), folder.resolve().name)
 

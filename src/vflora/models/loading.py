@@ -14,10 +14,18 @@ from diffusers import (
 from huggingface_hub import hf_hub_download
 
 from vflora.errors import UserError
-from vflora.model_check import check_weights
+from vflora.model_check import check_json, check_weights
 from vflora.models.original_encoders import load_original_encoders
 from vflora.models.original_layout import Version, is_original_layout, load_original_transformer, load_original_vae
 
+ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "tokenizer", "tokenizer_2", "feature_extractor")
+"""Parts of a diffusers pipeline that turn prompts and pictures into conditions."""
+_CONFIGS = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
 _HUB_NAME = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"
 
 
@@ -58,11 +66,11 @@ def require_complete(pipeline_dir: str, *parts: str) -> None:
     folder = Path(pipeline_dir)
     if not folder.is_dir():
         return
+    advice = f"go on with `hf download {_HUB_NAME} --local-dir {pipeline_dir}`"
     for part in parts:
-        advice = f"go on with `hf download {_HUB_NAME} --local-dir {pipeline_dir}`"
-        if not (folder / part / "config.json").is_file():
-            raise UserError(f"{folder / part}/config.json is missing: {advice}.")
-        check_weights(folder / part, advice)
+        check_json(folder / part / _CONFIGS.get(part, "config.json"), advice)
+        if part not in _CONFIGS:
+            check_weights(folder / part, advice)
 
 
 def load_transformer(
@@ -109,7 +117,7 @@ def load_encoders(
     check_pipeline_dir(pipeline_dir)
     if is_original_layout(pipeline_dir):
         return load_original_encoders(pipeline_dir, vae, dtype, transformer_version)
-    require_complete(pipeline_dir, "text_encoder", "text_encoder_2", "image_encoder")
+    require_complete(pipeline_dir, *ENCODERS)
     pipeline = HunyuanVideo15ImageToVideoPipeline.from_pretrained(pipeline_dir, transformer=None, vae=vae, dtype=dtype)
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.image_encoder):
         encoder.requires_grad_(False).eval()
@@ -142,5 +150,6 @@ def load_shift(pipeline_dir: str, transformer_version: str = "480p_i2v") -> floa
     check_pipeline_dir(pipeline_dir)
     if is_original_layout(pipeline_dir):
         return Version(transformer_version).shift
+    require_complete(pipeline_dir, "scheduler")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline_dir, subfolder="scheduler")
     return float(scheduler.config.shift)

@@ -6,6 +6,7 @@ batches of P identities with K pictures each, degraded the way the identity loss
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from dataclasses import dataclass, field
@@ -58,6 +59,11 @@ def run(config: HeadConfig) -> Path:
         if training.log:
             training.log.close()
     if accelerator.num_processes > 1:
+        # The wrapper that averages gradients must not be the last to hold the process group: it would wait for the
+        # group's threads with Python's lock in its hand, and they may be waiting for that lock.
+        del training
+        accelerator.free_memory()
+        gc.collect()
         accelerator.end_training()
     return config.output_dir
 

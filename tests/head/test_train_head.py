@@ -35,12 +35,34 @@ def _weights(path):
     return torch.cat([p.flatten() for p in load_head(path).parameters()])
 
 
-def _in_a_process(config, *launcher):
+# Ends a process that would leave its process group to the wrapper around the head, which can wait forever.
+CHECKED = """
+import gc, sys
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+from vflora.cli import main
+
+destroy = torch.distributed.destroy_process_group
+
+def checked(*arguments):
+    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+    destroy(*arguments)
+
+torch.distributed.destroy_process_group = checked
+sys.exit(main(["train-head", *sys.argv[1:]]))
+"""
+
+
+def _in_a_process(config, *command):
     """Starts a process of its own, not a fork: a fork of a process in which torch has run may never end."""
     settings = config.output_dir.with_suffix(".yaml")
     settings.write_text(yaml.safe_dump(flat_settings(config)))
-    command = [sys.executable, *launcher, "identity_loss/train_projection_head.py", "--config", str(settings)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    command = command or ("identity_loss/train_projection_head.py",)
+    return subprocess.Popen(
+        [sys.executable, *command, "--config", str(settings)],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
 
 
 def _wait_for_step(process, folder, step):
@@ -103,8 +125,14 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, cut, accum
 def test_two_processes_learn_what_one_learns_on_both_their_batches(config, tmp_path):
     one = run(replace(config, output_dir=tmp_path / "one", pk_identities=4))
     halves = replace(config, output_dir=tmp_path / "two", pk_identities=2)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    assert _in_a_process(halves, *torchrun).wait(200) == 0
+    script = tmp_path / "checked.py"
+    script.write_text(CHECKED)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
+    process = _in_a_process(halves, *torchrun)
+    try:
+        assert process.wait(200) == 0
+    finally:
+        process.kill()
     alone, together = ([row["loss"] for row in _rows(folder, "loss")] for folder in (one, tmp_path / "two"))
     assert together == pytest.approx(alone, rel=1e-4)
     head = "identity_head_last.safetensors"

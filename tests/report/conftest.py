@@ -95,17 +95,20 @@ class Browser:
 
     def call(self, method: str, **parameters):
         """Sends one command and returns its result; events that come before it are kept."""
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        self._to.write(json.dumps(message).encode() + b"\0")
+        self._send(method, parameters)
         while True:
             answer = self._receive()
             if answer.get("id") == self._count:
                 assert "error" not in answer, answer
                 return answer["result"]
             self._note(answer)
+
+    def _send(self, method: str, parameters: dict) -> None:
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        self._to.write(json.dumps(message).encode() + b"\0")
 
     def _receive(self) -> dict:
         while b"\0" not in self._rest:
@@ -168,8 +171,10 @@ class Browser:
     def close(self) -> None:
         """Ends the browser and waits for it."""
         self._session = None
-        self.call("Browser.close")
-        self.process.wait(timeout=20)
+        self._send("Browser.close", {})
+        while self._from.read1(1 << 20):  # whether it answers before it goes is up to the browser
+            pass
+        self.process.wait(timeout=60)
         self._to.close()
         self._from.close()
 

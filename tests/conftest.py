@@ -1,5 +1,8 @@
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -128,3 +131,27 @@ def losses():
         return {row["step"]: [float(row[n]).hex() for n in names] for row in rows if "loss/distill" in row}
 
     return read
+
+
+_KILLED_IN_STEP_4 = """
+import os, signal, sys, vflora.train as train
+from vflora.cli import parse
+learn = train.learn
+def killed(training, lesson, step, *rest):
+    if step == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return learn(training, lesson, step, *rest)
+train.learn = killed
+import torch; torch.set_num_threads(1)
+train.run(parse("train", sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="session")
+def train_until_killed():
+    """Trains in a process of its own that is killed, as a power cut would, when three steps are done."""
+
+    def start(flags):
+        result = subprocess.run([sys.executable, "-c", _KILLED_IN_STEP_4, *flags], capture_output=True)
+        assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+
+    return start

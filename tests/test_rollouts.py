@@ -93,26 +93,14 @@ def test_training_from_disk_equals_the_run_that_rolled_out_itself_without_teache
 
 
 def test_killed_and_resumed_from_disk_with_reuse_and_accumulation_equals_the_run_that_rolled_out_itself(
-    flags, folder, tmp_path, losses
+    flags, folder, tmp_path, losses, train_until_killed
 ):
     flags = [*flags, "--trajectory_reuse", "3", "--gradient_accumulation_steps", "2"]
     flags += ["--save_every_steps", "2"]
     trained(flags, tmp_path / "own")
     roll_out(storing(flags, folder))
-    script = (
-        "import os, signal, sys, vflora.train as train\n"
-        "from vflora.cli import parse\n"
-        "learn = train.learn\n"
-        "def killed(training, lesson, step, *rest):\n"
-        "    if step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return learn(training, lesson, step, *rest)\n"
-        "train.learn = killed\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "train.run(parse('train', sys.argv[1:]))\n"
-    )
     disk = [*flags, "--output_dir", str(tmp_path / "disk"), "--trajectory_dir", str(folder)]
-    result = subprocess.run([sys.executable, "-c", script, *disk], capture_output=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+    train_until_killed(disk)
     train(parse("train", [*disk, "--resume_from_checkpoint", "latest"]))
     assert losses(tmp_path / "disk") == losses(tmp_path / "own")
 

@@ -58,24 +58,13 @@ def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path):
         ["--lora_dropout", "0.2", "--batch_size", "2", "--p_secondary", "0.5"],
     ],
 )
-def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(train_flags, tmp_path, extra, losses):
+def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(
+    train_flags, tmp_path, extra, losses, train_until_killed
+):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = [*train_flags, "--max_train_steps", "6", "--save_every_steps", "2", *extra]
     run(parse("train", [*flags, "--output_dir", str(whole)]))
-
-    script = (
-        "import os, signal, sys, vflora.train as train\n"
-        "from vflora.cli import parse\n"
-        "learn = train.learn\n"
-        "def killed(training, lesson, step, *rest):\n"
-        "    if step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return learn(training, lesson, step, *rest)\n"
-        "train.learn = killed\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "train.run(parse('train', sys.argv[1:]))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script, *flags, "--output_dir", str(cut)], capture_output=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+    train_until_killed([*flags, "--output_dir", str(cut)])
     run(parse("train", [*flags, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"]))
     assert losses(cut) == losses(whole)
 

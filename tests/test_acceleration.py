@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from vflora.acceleration import cache_steps, parse_blocks, place
+from vflora.acceleration import cache_steps, offload_layers, parse_blocks, place
 from vflora.errors import UserError
 from vflora.models.random_weights import small_pipeline
 
@@ -50,3 +51,19 @@ def test_tiling_is_switched_on_only_when_asked_for():
             vae_tiling=tiling,
         )
         assert pipeline.vae.use_tiling is tiling
+
+
+def test_layers_that_are_read_without_being_called_come_with_what_reads_them():
+    # torch's MultiheadAttention takes the weights of its out_proj and never calls it; on a GPU they would stay behind
+    pipeline = small_pipeline()
+    offload_layers(pipeline, torch.device("cpu"), overlap=False)
+    assert brings_itself(pipeline.transformer.transformer_blocks[0].attn.to_q)
+    pooling = [m for m in pipeline.image_encoder.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert pooling
+    assert not any(brings_itself(inner) for module in pooling for inner in module.modules())
+    assert brings_itself(pipeline.image_encoder)
+
+
+def brings_itself(module):
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None

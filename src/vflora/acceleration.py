@@ -6,6 +6,7 @@ import importlib.util
 import re
 
 import torch
+from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
 
@@ -74,14 +75,25 @@ def place(
 def offload_layers(model: Pipeline | HunyuanVideo15Transformer3DModel, device: torch.device, *, overlap: bool) -> None:
     """Keeps a pipeline or a transformer in main memory and brings in one layer at a time, in place.
 
+    The image encoder comes as a whole: its pooling is torch's MultiheadAttention, which reads the weights of a layer
+    inside it without calling that layer, so that nobody would bring them in.
+
     Args:
         model: on the CPU.
         device: where to compute.
         overlap: on CUDA, copy the next layer while the present one computes.
     """
+    overlap = overlap and device.type == "cuda"
+    if isinstance(model, HunyuanVideo15Transformer3DModel):
+        model.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=overlap)
+        return
     model.enable_group_offload(
-        onload_device=device, offload_type="leaf_level", use_stream=overlap and device.type == "cuda"
+        onload_device=device, offload_type="leaf_level", use_stream=overlap, exclude_modules="image_encoder"
     )
+    if "image_encoder" in model.components:
+        apply_group_offloading(
+            model.image_encoder, onload_device=device, offload_type="block_level", num_blocks_per_group=1
+        )
 
 
 def cache_steps(

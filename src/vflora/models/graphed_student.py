@@ -104,8 +104,11 @@ class GraphedStudent:
             lambda: self._record(FixedInputs.like(latents, sigma, conditions, next_sigma)),
         )
         if recorded is None:
-            with self._recompute.everything():  # the graphs' memory may hold what the blocks keep already
-                return self._denoiser.velocity(latents, sigma, conditions, next_sigma=next_sigma)
+            # everything: the graphs' memory may hold what the blocks keep already
+            with self._recompute.everything(), self._recorder.aside():
+                velocity = self._denoiser.velocity(latents, sigma, conditions, next_sigma=next_sigma)
+            velocity.record_stream(torch.cuda.current_stream())
+            return velocity
         recorded.inputs.load(latents, sigma, conditions, next_sigma)
         return cast(Tensor, _Replayed.apply(self._handle, recorded, self._gradients))
 

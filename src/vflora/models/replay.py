@@ -82,15 +82,32 @@ class Recorder:
         without its ban on what other threads do meanwhile: loaders copy batches.
         """
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        self._stream = self._stream or torch.cuda.Stream()  # libraries keep a workspace for every stream they meet
+        stream = self._own_stream()
         torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 yield
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Gives the work inside to the stream that records, in order with what comes before and after.
+
+        Autograd brings a parameter's gradient to the stream on which the parameter was used first, and remembers
+        that stream as long as any pass is alive that used it. A plain pass elsewhere would tie a recorded one to it.
+        """
+        outside, stream = torch.cuda.current_stream(), self._own_stream()
+        stream.wait_stream(outside)
+        with torch.cuda.stream(stream):
+            yield
+        outside.wait_stream(stream)
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        self._stream = self._stream or torch.cuda.Stream()  # libraries keep a workspace for every stream they meet
+        return self._stream
 
 
 class _Releasable(Protocol):

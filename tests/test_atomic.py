@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vflora.atomic import replace_file, require_space, sha256, write_folder
+from vflora.atomic import replace_file, require_space, sha256, write_folder, write_or_refuse
 from vflora.errors import UserError
 
 
@@ -52,3 +52,10 @@ def test_too_little_space_is_refused_with_the_advice(tmp_path):
     require_space(tmp_path, 1, "buy a disk.")
     with pytest.raises(UserError, match=r"MiB free.*buy a disk\."):
         require_space(tmp_path, 1 << 60, "buy a disk.")
+
+
+def test_what_the_disk_refuses_is_told_with_what_it_was_and_how_to_go_on(tmp_path):
+    assert write_or_refuse(lambda: 3, "shard", tmp_path, go_on="go on") == 3
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="no shard could be written to .*Not a directory.*shards before.*and go on"):
+        write_or_refuse(lambda: (tmp_path / "file" / "x").touch(), "shard", tmp_path, go_on="go on")

@@ -8,8 +8,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from vflora.errors import UserError
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 
@@ -86,6 +89,26 @@ def require_space(folder: Path, wanted_bytes: int, advice: str) -> None:
         raise UserError(
             f"{folder} has {free / 2**20:.0f} MiB free and {wanted_bytes / 2**20:.0f} may be needed: {advice}"
         )
+
+
+def write_or_refuse(write: Callable[[], T], what: str, folder: Path, *, go_on: str) -> T:
+    """Calls `write`, and turns what the disk says against it into a sentence.
+
+    Args:
+        write: adds one more of something to a folder, whole or not at all.
+        what: that is.
+        folder: where it goes.
+        go_on: how to take up the work again.
+
+    Raises:
+        UserError: if it could not be written.
+    """
+    try:
+        return write()
+    except OSError as error:
+        raise UserError(
+            f"no {what} could be written to {folder}: {error}; the {what}s before are whole: make room and {go_on}."
+        ) from error
 
 
 def sha256(path: Path) -> str:

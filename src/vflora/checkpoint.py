@@ -30,7 +30,7 @@ import torch.distributed.checkpoint.api
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from vflora.atomic import MANIFEST, begin_folder, finish_folder, require_space, sha256
+from vflora.atomic import MANIFEST, begin_folder, finish_folder, require_space, sha256, write_or_refuse
 from vflora.distributed.world import ALONE, World
 from vflora.errors import UserError
 
@@ -107,30 +107,28 @@ def save_checkpoint(
             shutil.rmtree(old)
         return final
 
-    unfinished = world.from_main(lambda: _or_refuse(begin, output_dir))
-    _or_refuse(lambda: _save_tensors(tensors, unfinished / "dcp", world), output_dir)
-    return world.from_main(lambda: _or_refuse(finish, output_dir))
+    def told(write: Callable[[], T]) -> T:
+        return write_or_refuse(write, "checkpoint", output_dir, go_on="go on with --resume_from_checkpoint latest")
+
+    unfinished = world.from_main(lambda: told(begin))
+    told(lambda: _save_tensors(tensors, unfinished / "dcp", world))
+    return world.from_main(lambda: told(finish))
 
 
 def _save_tensors(tensors: dict[str, Tensor], folder: Path, world: World) -> None:
-    """Writes what every process holds alike, each process a share of it."""
-    if world.size > 1:
-        dcp.save(dict(tensors), checkpoint_id=folder, process_group=world.group)
-        return
-    with _single_process():
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+    """Writes what every process holds alike, each process a share of it.
 
-
-def _or_refuse(write: Callable[[], T], output_dir: Path) -> T:
-    """Turns what the disk says into a sentence."""
+    Raises:
+        OSError: on every process, if any could not write.
+    """
     try:
-        return write()
-    except (OSError, dcp.api.CheckpointException) as error:
-        causes = [error] if isinstance(error, OSError) else [cause for cause, _ in error.failures.values()]
-        raise UserError(
-            f"no checkpoint could be written to {output_dir}: {causes[0]}; the checkpoints before are whole: make "
-            "room and go on with --resume_from_checkpoint latest."
-        ) from error
+        if world.size > 1:
+            dcp.save(dict(tensors), checkpoint_id=folder, process_group=world.group)
+            return
+        with _single_process():
+            dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+    except dcp.api.CheckpointException as error:
+        raise OSError(str(next(cause for cause, _ in error.failures.values()))) from error
 
 
 class CheckpointWriter:

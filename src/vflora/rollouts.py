@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vflora.atomic import require_space
+from vflora.atomic import require_space, write_or_refuse
 from vflora.config import TORCH_DTYPES, Precision, require
 from vflora.data.schema import DataSet
 from vflora.distributed.world import claim_device
@@ -142,10 +142,10 @@ def _write(
                     if stop_requested():
                         break
                     samples = next(rollouts).packed(dtype)
-                    _or_refuse(lambda shard=shard, samples=samples: shard.add(samples), folder)
+                    _told(lambda shard=shard, samples=samples: shard.add(samples), folder)
                     done += 1
                     bar.update()
-                _or_refuse(shard.finish, folder)
+                _told(shard.finish, folder)
             finally:
                 shard.discard()
             if stop_requested():
@@ -154,11 +154,5 @@ def _write(
     return done
 
 
-def _or_refuse(write: Callable[[], object], folder: Path) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise UserError(
-            f"no shard could be written to {folder}: {error}; the shards before are whole: make room and run the same "
-            "line again."
-        ) from error
+def _told(write: Callable[[], None], folder: Path) -> None:
+    write_or_refuse(write, "shard", folder, go_on="run the same line again")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vflora.errors import UserError
@@ -107,7 +108,7 @@ def test_alpha_and_targets_on_the_command_line_win_over_the_file(folder, tmp_pat
     assert 0 < apart(partly, frames(folder, tmp_path)) < apart(strong, frames(folder, tmp_path))
 
 
-def test_group_offloading_and_compiled_or_cached_runs_go_through(folder, tmp_path):
+def test_group_offloading_and_cached_runs_go_through(folder, tmp_path):
     plain = frames(folder, tmp_path)
     assert apart(frames(folder, tmp_path, group_offloading=True), plain) == 0
     cached = frames(
@@ -115,6 +116,24 @@ def test_group_offloading_and_compiled_or_cached_runs_go_through(folder, tmp_pat
     )
     exact = frames(folder, tmp_path, num_inference_steps=10)
     assert 0 < apart(cached, exact) < 40
+
+
+def test_compiled_blocks_make_the_same_video_and_share_their_code_between_prompts_of_two_lengths(
+    folder, tmp_path, monkeypatch
+):
+    both = {"guidance_scale": 2.0, "negative_prompt": "a long list of everything that nobody wants to see"}
+    plain = frames(folder, tmp_path, **both)
+    torch._dynamo.reset()
+    traced, compile_function = [], torch.compile
+    backend = lambda graph, inputs: traced.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_function(f, backend=backend))
+    frames(folder, tmp_path, enable_torch_compile=True)
+    for_one = len(traced)
+    assert for_one > 0
+    assert apart(frames(folder, tmp_path, enable_torch_compile=True, **both), plain) == 0
+    assert len(traced) == for_one
+    assert apart(frames(folder, tmp_path, enable_torch_compile=True, group_offloading=True, **both), plain) == 0
+    torch._dynamo.reset()
 
 
 def test_text_to_video_where_the_folder_holds_such_a_model(folder, tmp_path):

@@ -153,9 +153,3 @@ def use_sage_attention(transformer: HunyuanVideo15Transformer3DModel, blocks: st
     layers = transformer.transformer_blocks
     for block in parse_blocks(blocks, len(layers), "--sage_blocks_range"):
         layers[block].attn.processor._attention_backend = "sage"
-
-
-def compile_blocks(transformer: HunyuanVideo15Transformer3DModel) -> None:
-    """Compiles every block of the transformer; worth it from a few videos of one size on."""
-    for block in transformer.transformer_blocks:
-        block.compile()

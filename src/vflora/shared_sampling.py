@@ -24,6 +24,7 @@ from vflora.distributed.world import World
 from vflora.errors import UserError
 from vflora.models.dense_attention import make_dense
 from vflora.models.loading import load_transformer
+from vflora.models.speed import compile_blocks
 from vflora.sampling import Pipeline, fit_image, video_size
 
 if TYPE_CHECKING:
@@ -118,4 +119,4 @@ def quicken(transformer: HunyuanVideo15Transformer3DModel, config: GenerateConfi
     if config.use_sageattn:
         acceleration.use_sage_attention(transformer, config.sage_blocks_range)
     if config.enable_torch_compile:
-        acceleration.compile_blocks(transformer)
+        compile_blocks(transformer)

@@ -11,7 +11,7 @@ from vflora.errors import NonFiniteError
 from vflora.identity_term import IdentityTerm
 from vflora.losses import identity_weight
 from vflora.models.denoiser import Denoiser
-from vflora.models.graphed_student import Student
+from vflora.models.roles import Student
 from vflora.recipe import StepInputs, training_step
 from vflora.rollout import deep_index, harvest_indices, is_on_policy, on_policy_point
 from vflora.settings import TrainSettings

@@ -21,7 +21,7 @@ from vflora.errors import NonFiniteError
 from vflora.flow import clean_estimate
 from vflora.identity_term import IdentityGradient, IdentityTerm
 from vflora.losses import distillation_loss
-from vflora.models.graphed_student import Student
+from vflora.models.roles import Student
 from vflora.step_clock import StepClock
 from vflora.types import Conditions, LossReport, Point
 

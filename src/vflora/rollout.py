@@ -16,7 +16,7 @@ from vflora.types import Conditions, Point, Trajectory
 
 if TYPE_CHECKING:
     from vflora.models.denoiser import Denoiser
-    from vflora.models.fast_teacher import Teacher
+    from vflora.models.roles import Teacher
 
 
 def rollout(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vflora.config import RolloutConfig
 from vflora.models.conditions import ConditionEncoder
-from vflora.models.fast_teacher import Teacher
+from vflora.models.roles import Teacher
 from vflora.random_streams import keyed_generator, keyed_noise
 from vflora.rollout import points_for_block, rollout
 from vflora.step_clock import StepClock

@@ -24,10 +24,10 @@ from vflora.identity_term import IdentityTerm
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
-from vflora.models.graphed_student import Student
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.loading import ENCODERS, check_pipeline_dir, load_shift, load_vae, require_complete
 from vflora.models.original_layout import is_original_layout
+from vflora.models.roles import Student
 from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
 from vflora.prompts import prompt_maker

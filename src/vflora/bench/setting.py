@@ -38,8 +38,8 @@ from vflora.flow import sampling_sigmas
 from vflora.identity_term import IdentityTerm
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
-from vflora.models.graphed_student import Student
 from vflora.models.lora import add_lora
+from vflora.models.roles import Student
 from vflora.models.speed import Acceleration, SpeedConfig, accelerate, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
 from vflora.profiling import parse_steps

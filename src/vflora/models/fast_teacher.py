@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 from torch import Tensor
 
 from vflora.config import RolloutConfig
 from vflora.models.precision import Fp8Switch
+from vflora.models.roles import Teacher
 from vflora.rollout import deep_index, harvest_indices
 from vflora.types import Conditions
 
@@ -30,20 +30,6 @@ def harvested_sigmas(config: RolloutConfig, seed: int, block: int, sigmas: Tenso
         deep = deep_index(config, sigmas, seed, step)
         wanted |= {deep, *harvest_indices(config, deep, seed, step)}
     return frozenset(sigmas[index].item() for index in wanted)
-
-
-class Teacher(Protocol):
-    """Who can lead a rollout: the denoiser, or a quicker stand-in for it."""
-
-    def teacher(self) -> AbstractContextManager[None]:
-        """As `Denoiser.teacher`."""
-        ...
-
-    def velocity(
-        self, latents: Tensor, sigma: float, conditions: Conditions, *, next_sigma: float | None = None
-    ) -> Tensor:
-        """As `Denoiser.velocity`."""
-        ...
 
 
 class FastTeacher:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,21 +13,6 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.recompute import BlockRecompute
 from vflora.models.replay import FixedInputs, Recorder, Recordings, is_ragged, shapes
 from vflora.types import Conditions
-
-
-class Student(Protocol):
-    """Who learns: the denoiser, or a quicker stand-in for it."""
-
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: float | Tensor,
-        conditions: Conditions,
-        *,
-        next_sigma: float | Tensor | None = None,
-    ) -> Tensor:
-        """As `Denoiser.velocity`."""
-        ...
 
 
 class FixedGradients:

@@ -20,14 +20,15 @@ from vflora.config import require
 from vflora.models.attention_choice import AttentionKernel, choose_attention
 from vflora.models.compiling import allow_recompiles
 from vflora.models.denoiser import Denoiser
-from vflora.models.fast_teacher import FastTeacher, Teacher
-from vflora.models.graphed_student import GraphedStudent, Student
+from vflora.models.fast_teacher import FastTeacher
+from vflora.models.graphed_student import GraphedStudent
 from vflora.models.graphed_teacher import GraphedTeacher
 from vflora.models.lean_lora import lean_lora
 from vflora.models.light_decoder import lighten_decoder
 from vflora.models.offload import BlockOffload
 from vflora.models.precision import Fp8Switch, check_fp8, quantize_blocks
 from vflora.models.recompute import BlockRecompute, Recompute
+from vflora.models.roles import Student, Teacher
 
 Mode = Literal["exact", "fast", "low_memory"]
 

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from vflora.checkpoint import find_checkpoint, read_state, read_tensors, verify_checkpoint
+from vflora.clips import Clips
 from vflora.data.pipeline import TrainLoader
 from vflora.data.schema import DataSet
 from vflora.data.validation import ValidationLoader
@@ -19,19 +20,16 @@ from vflora.distributed.divisible import require_divisible
 from vflora.distributed.strips import Strips
 from vflora.distributed.world import ALONE, World
 from vflora.errors import UserError
-from vflora.flow import sampling_sigmas
 from vflora.identity_term import IdentityTerm
-from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
 from vflora.models.identity import IdentityEmbedder
-from vflora.models.loading import ENCODERS, check_pipeline_dir, load_shift, load_vae, require_complete
+from vflora.models.loading import ENCODERS, check_pipeline_dir, require_complete
 from vflora.models.original_layout import is_original_layout
 from vflora.models.roles import Student
 from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
 from vflora.prompts import prompt_maker
-from vflora.resolution import clip_size, latent_shape
 from vflora.run_folder import require_place
 from vflora.run_log import require_logger
 from vflora.run_sources import require_same_sources, sources_of
@@ -92,34 +90,23 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
     trajectories = world.from_main(lambda: open_trajectories(settings, dataset, world.dp_size, start_step))
     make_prompt = prompt_maker(settings.prompts)
 
-    logger.info("loading the VAE")
-    vae = load_vae(model.pipeline_dir, dtype, device)
-    accelerate_decoder(vae, settings.speed)
-    size = clip_size(settings.rollout.train_target_resolution, dataset.size, vae.spatial_compression_ratio)
-    shape = latent_shape(vae, settings.rollout.train_video_length, size)
+    clips = Clips.load(settings, dataset, keep_images_on_disk=not settings.data.enable_augmentation)
+    accelerate_decoder(clips.vae, settings.speed)
+    shape = clips.latent_shape(settings.rollout.train_video_length)
     logger.info("loading the identity embedder")
     embedder = IdentityEmbedder.load(
         settings.identity.dino_model_dir, settings.identity.dino_head_path, device=device, dtype=dtype
     )
-    encoder = ConditionEncoder(
-        model.pipeline_dir,
-        vae,
-        size=size,
-        dtype=dtype,
-        device=device,
-        cache_folder=condition_folder(settings),
-        keep_images_on_disk=not settings.data.enable_augmentation,
-    )
     logger.info("loading the transformer")
     denoiser, acceleration = build_student(without_rollouts(settings), dtype, device, world)
-    clips = [settings.rollout.train_video_length]
+    lengths = [settings.rollout.train_video_length]
     if settings.validation.enable_validation:
-        clips.append(settings.validation.val_video_length)
+        lengths.append(settings.validation.val_video_length)
     require_divisible(
         heads=denoiser.transformer.config["num_attention_heads"],
         tokens={
-            f"{size[0]}x{size[1]} with {frames} frames": _tokens(denoiser, latent_shape(vae, frames, size))
-            for frames in clips
+            f"{clips.size[0]}x{clips.size[1]} with {frames} frames": _tokens(denoiser, clips.latent_shape(frames))
+            for frames in lengths
         },
         sp_size=world.sp_size,
     )
@@ -127,14 +114,12 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
     if checkpoint is not None:
         _restore(denoiser, optimizer, read_tensors(checkpoint), start_step)
 
-    shift = load_shift(model.pipeline_dir, model.transformer_version)
-    sigmas = sampling_sigmas(settings.rollout.num_inference_steps, shift)
     accumulation = settings.optimizer.gradient_accumulation_steps
 
     def exact_sigmas(rollout: int) -> Collection[float]:
         """The noise levels that are harvested from a rollout, counted since this process began."""
         block = (start_batch + rollout) // accumulation
-        return harvested_sigmas(settings.rollout, run.seed, block, sigmas)
+        return harvested_sigmas(settings.rollout, run.seed, block, clips.sigmas)
 
     loader = TrainLoader(dataset, settings.data, seed=run.seed, rank=world.dp_rank, start_batch=start_batch)
     source: LessonSource
@@ -144,9 +129,9 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             loader,
             start_batch=start_batch,
             steps=settings.optimizer.max_train_steps,
-            encoder=encoder,
+            encoder=clips.encoder,
             config=settings.rollout,
-            sigmas=sigmas,
+            sigmas=clips.sigmas,
             latent_shape=shape,
             lookahead=settings.prompts.condition_lookahead,
             device=device,
@@ -156,10 +141,10 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             loader,
             start_batch=start_batch,
             make_prompt=make_prompt,
-            encoder=encoder,
+            encoder=clips.encoder,
             denoiser=acceleration.teacher(denoiser, exact_sigmas),
             config=settings.rollout,
-            sigmas=sigmas,
+            sigmas=clips.sigmas,
             latent_shape=shape,
             accumulation=accumulation,
             lookahead=settings.prompts.condition_lookahead,
@@ -170,12 +155,12 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
     if settings.validation.enable_validation:
         validator = Validator(
             denoiser=denoiser,
-            vae=vae,
+            vae=clips.vae,
             embedder=embedder,
-            encoder=encoder,
+            encoder=clips.encoder,
             make_prompt=make_prompt,
-            sigmas=sigmas,
-            latent_shape=latent_shape(vae, settings.validation.val_video_length, size),
+            sigmas=clips.sigmas,
+            latent_shape=clips.latent_shape(settings.validation.val_video_length),
             guidance_scale=settings.rollout.rollout_guidance_scale,
             seed=run.seed,
             device=device,
@@ -191,7 +176,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         acceleration=acceleration,
         identity=IdentityTerm(
             settings.identity,
-            vae,
+            clips.vae,
             embedder,
             recompute=settings.speed.id_decode_recompute,
             tile=settings.speed.id_decode_tile,
@@ -202,7 +187,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         loader=loader,
         validator=validator,
         validation_batches=held_out,
-        teacher_probe=TeacherProbe(denoiser, encoder.encode([""], blank), shape) if run.teacher_check else None,
+        teacher_probe=TeacherProbe(denoiser, clips.encoder.encode([""], blank), shape) if run.teacher_check else None,
         start_step=start_step,
         data_fingerprint=dataset.fingerprint,
         characters=tuple(sorted(dataset.counts)),

@@ -9,18 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vflora.clips import Clips
 from vflora.data.pipeline import TrainLoader
 from vflora.data.schema import DataSet
-from vflora.flow import sampling_sigmas
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.fast_teacher import harvested_sigmas
-from vflora.models.loading import load_shift, load_vae
 from vflora.prompts import prompt_maker
-from vflora.resolution import clip_size, latent_shape
 from vflora.settings import TrainSettings
 from vflora.student import build_student
 from vflora.teacher_source import Preparation, Prepared, Rollouts, drawn_prompts
-from vflora.trajectories.folder import condition_folder
 from vflora.trajectories.plan import Plan
 from vflora.trajectories.shards import Note, packed
 from vflora.types import Trajectory
@@ -89,22 +86,11 @@ class Guide:
         device, dtype = model.torch_device(), model.torch_dtype()
         places = [plan.place(rollout) for part in parts for rollout in part]
         make_prompt = prompt_maker(settings.prompts)
-        logger.info("loading the VAE")
-        vae = load_vae(model.pipeline_dir, dtype, device)
-        size = clip_size(config.train_target_resolution, dataset.size, vae.spatial_compression_ratio)
-        encoder = ConditionEncoder(
-            model.pipeline_dir,
-            vae,
-            size=size,
-            dtype=dtype,
-            device=device,
-            cache_folder=condition_folder(settings),
-        )
-        sigmas = sampling_sigmas(config.num_inference_steps, load_shift(model.pipeline_dir, model.transformer_version))
+        clips = Clips.load(settings, dataset)
 
         def exact_sigmas(rollout: int) -> Collection[float]:
             """The noise levels that are kept of a rollout, counted since this process began."""
-            return harvested_sigmas(config, seed, plan.block(places[rollout][0]), sigmas)
+            return harvested_sigmas(config, seed, plan.block(places[rollout][0]), clips.sigmas)
 
         logger.info("loading the transformer")
         denoiser, acceleration = build_student(settings, dtype, device)
@@ -113,13 +99,13 @@ class Guide:
             loader,
             [number for number, _ in places],
             prompts=drawn_prompts(make_prompt, seed),
-            encoder=encoder,
+            encoder=clips.encoder,
             lookahead=settings.prompts.condition_lookahead,
         )
-        shape = latent_shape(vae, config.train_video_length, size)
+        shape = clips.latent_shape(config.train_video_length)
         leader = acceleration.teacher(denoiser, exact_sigmas)
-        teacher = Rollouts(leader, encoder, config, sigmas, shape, seed, device)
-        return cls(teacher, encoder, prepared, loader, plan, settings.data.batch_size)
+        teacher = Rollouts(leader, clips.encoder, config, clips.sigmas, shape, seed, device)
+        return cls(teacher, clips.encoder, prepared, loader, plan, settings.data.batch_size)
 
     def rollouts(self) -> Iterator[Rollout]:
         """Makes the rollouts, one by one and in order."""

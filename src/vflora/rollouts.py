@@ -24,7 +24,7 @@ from vflora.settings import TrainSettings
 from vflora.stopping import stop_requests
 from vflora.trajectories.folder import Manifest, begin, read_manifest, shard_folder
 from vflora.trajectories.plan import Plan, gaps, shares
-from vflora.trajectories.recipe import SLOTS, recipe_of, require_same
+from vflora.trajectories.provenance import SLOTS, recipe_of, require_same
 from vflora.trajectories.shards import ShardFile, clear_unfinished, find_shards
 from vflora.trajectories.teacher import Guide
 

@@ -9,7 +9,7 @@ from vflora.errors import UserError
 from vflora.models.conditions import weights_fingerprint
 from vflora.models.projection_head import find_head
 from vflora.settings import TrainSettings
-from vflora.trajectories.recipe import MODEL, PROMPTS, model_digest, prompts_digest
+from vflora.trajectories.provenance import MODEL, PROMPTS, model_digest, prompts_digest
 
 HEAD = "the identity head in --dino_head_path"
 BACKBONE = "the backbone in --dino_model_dir"

@@ -20,7 +20,7 @@ from vflora.data.schema import DataSet
 from vflora.errors import UserError
 from vflora.settings import TrainSettings
 from vflora.trajectories.plan import Plan, gaps
-from vflora.trajectories.recipe import fingerprint, recipe_of, require_same
+from vflora.trajectories.provenance import fingerprint, recipe_of, require_same
 from vflora.trajectories.shards import find_shards, require_whole
 
 FORMAT = 1

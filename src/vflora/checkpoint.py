@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from vflora.atomic import MANIFEST, begin_folder, finish_folder, require_space, sha256, write_or_refuse
-from vflora.distributed.world import ALONE, World
+from vflora.distributed.processes import ALONE, World
 from vflora.errors import UserError
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from vflora.atomic import require_space
 from vflora.config import Precision, require, require_frames
 from vflora.devices import torch_device
 from vflora.distributed.lending import borrowed
-from vflora.distributed.world import World, joined
+from vflora.distributed.processes import World, joined
 from vflora.errors import UserError
 from vflora.inference import load_for_sampling, open_image, write_settings
 from vflora.resolution import TARGET_SIZES

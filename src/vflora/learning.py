@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from vflora.distributed.world import ALONE, World
+from vflora.distributed.processes import ALONE, World
 from vflora.errors import NonFiniteError
 from vflora.identity_term import IdentityTerm
 from vflora.losses import identity_weight

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vflora.atomic import require_space, write_or_refuse
 from vflora.config import TORCH_DTYPES, Precision, require
 from vflora.data.schema import DataSet
-from vflora.distributed.world import claim_device
+from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.settings import TrainSettings
 from vflora.stopping import stop_requests

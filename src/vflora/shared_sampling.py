@@ -19,8 +19,8 @@ from vflora.config import TORCH_DTYPES
 from vflora.devices import torch_device
 from vflora.distributed.divisible import require_divisible
 from vflora.distributed.lending import lend
+from vflora.distributed.processes import World
 from vflora.distributed.sequence_parallel import enable_context_parallel
-from vflora.distributed.world import World
 from vflora.errors import UserError
 from vflora.models.dense_attention import make_dense
 from vflora.models.loading import load_transformer

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from vflora.adapters import read_adapter
 from vflora.config import require
+from vflora.distributed.processes import ALONE, World
 from vflora.distributed.sequence_parallel import enable_context_parallel
 from vflora.distributed.sharding import shard
-from vflora.distributed.world import ALONE, World
 from vflora.errors import UserError
 from vflora.models.denoiser import Denoiser
 from vflora.models.loading import load_transformer

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vflora.checkpoint import CheckpointWriter, RunState, leave_later
 from vflora.config import require
-from vflora.distributed.world import joined
+from vflora.distributed.processes import joined
 from vflora.learning import learn
 from vflora.models.lora import ADAPTER
 from vflora.models.lora_formats import from_transformer, write_lora

@@ -17,8 +17,8 @@ from vflora.data.pipeline import TrainLoader
 from vflora.data.schema import DataSet
 from vflora.data.validation import ValidationLoader
 from vflora.distributed.divisible import require_divisible
+from vflora.distributed.processes import ALONE, World
 from vflora.distributed.strips import Strips
-from vflora.distributed.world import ALONE, World
 from vflora.errors import UserError
 from vflora.identity_term import IdentityTerm
 from vflora.models.denoiser import Denoiser

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
 
-from vflora.distributed.world import ALONE, World
+from vflora.distributed.processes import ALONE, World
 from vflora.evaluate import VideoScores, score_video, teacher_deviation
 from vflora.flow import clean_estimate
 from vflora.models.conditions import ConditionEncoder

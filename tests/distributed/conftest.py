@@ -19,7 +19,7 @@ import cloudpickle
 import pytest
 import torch
 
-from vflora.distributed.world import joined
+from vflora.distributed.processes import joined
 
 TESTS = f"{Path(__file__).parents[1]}{os.sep}"
 PROCESSES = multiprocessing.get_context("forkserver")

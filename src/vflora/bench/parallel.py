@@ -28,7 +28,7 @@ from vflora.bench.setting import BenchConfig, Setting, build_setting
 from vflora.bench.step import device_name, measure
 from vflora.config import require
 from vflora.devices import torch_device
-from vflora.distributed.world import ALONE, World, joined
+from vflora.distributed.processes import ALONE, World, joined
 from vflora.models.speed import SpeedConfig
 from vflora.student import require_shareable
 

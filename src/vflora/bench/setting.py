@@ -30,10 +30,10 @@ from vflora.config import (
 )
 from vflora.data.config import DataConfig
 from vflora.distributed.divisible import require_divisible
+from vflora.distributed.processes import ALONE, World
 from vflora.distributed.sequence_parallel import enable_context_parallel
 from vflora.distributed.sharding import shard
 from vflora.distributed.strips import Strips
-from vflora.distributed.world import ALONE, World
 from vflora.flow import sampling_sigmas
 from vflora.identity_term import IdentityTerm
 from vflora.models.denoiser import Denoiser

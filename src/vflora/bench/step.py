@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vflora.bench.setting import BenchConfig, Setting, build_setting
-from vflora.distributed.world import ALONE, World
+from vflora.distributed.processes import ALONE, World
 from vflora.learning import learn
 from vflora.models.speed import SpeedConfig
 from vflora.profiling import StepTracer

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vflora.distributed.world import World
+from vflora.distributed.processes import World
 from vflora.errors import UserError
 
 _Message = tuple[Literal["call", "done", "refused"], Any]

@@ -18,7 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vflora.distributed.world import World
+from vflora.distributed.processes import World
 
 _ROTARY = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
 _TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)

@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from vflora.distributed.world import World
+from vflora.distributed.processes import World
 
 
 def shard(transformer: HunyuanVideo15Transformer3DModel, world: World, device: torch.device) -> None:

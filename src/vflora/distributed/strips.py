@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vflora.distributed.world import World
+from vflora.distributed.processes import World
 
 
 @dataclass(frozen=True)

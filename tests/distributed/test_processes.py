@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vflora.distributed.divisible import require_divisible, require_processes
-from vflora.distributed.world import World, start
+from vflora.distributed.processes import World, start
 from vflora.errors import UserError
 
 

@@ -334,6 +334,16 @@ def test_a_builder_that_draws_for_itself_is_asked_once(flags, folder, tmp_path, 
     assert losses(tmp_path / "disk")[1][0] == float(0).hex(), "the student heard what the teacher heard"
 
 
+def test_noise_levels_that_the_schedule_does_not_meet_are_refused_before_the_folder_begins(
+    flags, folder, capsys, monkeypatch
+):
+    monkeypatch.setattr("vflora.clips.load_vae", refuse)
+    line = ["--trajectory_dir", str(folder), "--id_sigma_low", "0.01", "--id_sigma_high", "0.02"]
+    assert main(["rollouts", *flags, *line]) == 2
+    assert "no point of the schedule lies between --id_sigma_low 0.01" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def test_a_folder_goes_on_as_it_was_begun(shared, capsys):
     flags, folder = shared
     line = ["rollouts", *flags, "--trajectory_dir", str(folder), "--rollouts_per_shard", "2"]

@@ -13,6 +13,7 @@ from vflora.flow import sampling_sigmas
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.loading import load_shift, load_vae
 from vflora.resolution import clip_size, latent_shape
+from vflora.rollout import deep_indices
 from vflora.settings import TrainSettings
 from vflora.trajectories.folder import condition_folder
 
@@ -73,7 +74,9 @@ def noise_levels(settings: TrainSettings) -> Tensor:
     """Returns the schedule [S + 1] of the pipeline, from 1 to 0.
 
     Raises:
-        UserError: if the pipeline is not there.
+        UserError: if the pipeline is not there, or none of its noise levels may be that of the deepest point.
     """
     shift = load_shift(settings.model.pipeline_dir, settings.model.transformer_version)
-    return sampling_sigmas(settings.rollout.num_inference_steps, shift)
+    sigmas = sampling_sigmas(settings.rollout.num_inference_steps, shift)
+    deep_indices(settings.rollout, sigmas)  # which the first step would ask, when everything has been loaded
+    return sigmas

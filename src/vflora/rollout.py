@@ -72,11 +72,16 @@ def deep_index(config: RolloutConfig, sigmas: Tensor, seed: int, step: int) -> i
     Raises:
         UserError: if no point of the schedule has a noise level that `--id_sigma_low` and `--id_sigma_high` allow.
     """
-    allowed = _deep_indices(config, sigmas)
+    allowed = deep_indices(config, sigmas)
     return allowed[int(torch.randint(len(allowed), (), generator=keyed_generator(seed, "deep", step)))]
 
 
-def _deep_indices(config: RolloutConfig, sigmas: Tensor) -> Sequence[int]:
+def deep_indices(config: RolloutConfig, sigmas: Tensor) -> Sequence[int]:
+    """Returns the points that t_deep may be.
+
+    Raises:
+        UserError: if no point of the schedule has a noise level that `--id_sigma_low` and `--id_sigma_high` allow.
+    """
     steps = config.num_inference_steps
     if config.id_sigma_low is None or config.id_sigma_high is None:
         low = min(round(config.id_timestep_frac_low * steps), steps - 1)

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vflora.atomic import require_space, write_or_refuse
+from vflora.clips import noise_levels
 from vflora.config import TORCH_DTYPES, Precision, require
 from vflora.data.schema import DataSet
 from vflora.distributed.processes import claim_device
@@ -70,6 +71,7 @@ def run(settings: RolloutsSettings) -> Path:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     claim_device(settings.model.torch_device(), size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
+    noise_levels(settings)  # a range that no level meets must not begin a folder
     manifest = _manifest(settings, dataset, folder, rank, size)
     if rank == 0:
         clear_unfinished(shard_folder(folder), size)

@@ -147,6 +147,7 @@ def test_the_printed_command_has_every_setting_that_was_chosen(made, root):
         ({"lora_scales": [0.5, 0.5]}, "different positive numbers"),
         ({"lora_scales": [0.0]}, "the base is always shown"),
         ({"dino_model_dir": "a"}, "give both or neither"),
+        ({"guidance_scale": -1.0}, "--guidance_scale -1.0 must not be negative"),
         ({"seeds": []}, "at least one number"),
         ({"lora_path": []}, "name the LoRA"),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vflora.adapters import AdapterInfo, read_adapter
-from vflora.config import Precision, require, require_frames
+from vflora.config import Precision, require, require_frames, require_guidance
 from vflora.data.images import to_signed, to_tensor
 from vflora.deviation import deviations_on, record_path
 from vflora.devices import torch_device
@@ -94,6 +94,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         require_frames("video_length", self.video_length)
+        require_guidance(self.guidance_scale)
         require(bool(self.lora_path), "--lora_path is empty: name the LoRA to compare with its base.")
         require(bool(self.seeds), "--seeds is empty: give at least one number.")
         require(self.max_rows >= 1, "--max_rows must be at least 1.")

@@ -31,6 +31,11 @@ def require_frames(flag: str, frames: int) -> None:
     require(frames >= 1 and frames % 4 == 1, f"--{flag} {frames} is not of the form 4n+1: use {lower} or {lower + 4}.")
 
 
+def require_guidance(scale: float | None) -> None:
+    """Raises UserError if `scale`, of classifier-free guidance, would lead away from the prompt."""
+    require(scale is None or scale >= 0, f"--guidance_scale {scale} must not be negative: 1 is no guidance.")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The frozen base model."""

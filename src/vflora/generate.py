@@ -13,7 +13,7 @@ from typing import Literal
 from vflora import acceleration
 from vflora.adapters import AdapterInfo, add_adapters, find_adapter
 from vflora.atomic import require_space
-from vflora.config import Precision, require, require_frames
+from vflora.config import Precision, require, require_frames, require_guidance
 from vflora.devices import torch_device
 from vflora.distributed.lending import borrowed
 from vflora.distributed.processes import World, joined
@@ -131,6 +131,7 @@ class GenerateConfig:
         require_frames("video_length" if self.num_frames is None else "num_frames", self.frames)
         for name in ("num_inference_steps", "fps", "total_steps", "cache_step_interval"):
             require((value := getattr(self, name)) is None or value >= 1, f"--{name} must be at least 1.")
+        require_guidance(self.guidance_scale)
         file = default_output(self) if self.output_path is None else self.output_path
         require(file.suffix.lower() == ".mp4", f"--output_path {file} is no mp4: let its name end in .mp4.")
         require(

@@ -35,3 +35,8 @@ def test_the_command_prints_one_line(capsys):
 def test_one_step_alone_is_refused():
     with pytest.raises(UserError, match="--steps must be at least 2"):
         BenchGenerateConfig(steps=1)
+
+
+def test_guidance_away_from_the_prompt_is_refused():
+    with pytest.raises(UserError, match="--guidance_scale -1 must not be negative"):
+        BenchGenerateConfig(guidance_scale=-1)

@@ -27,7 +27,7 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 from vflora import acceleration
 from vflora.bench.models import build_transformer, build_vae
 from vflora.bench.step import device_name
-from vflora.config import TORCH_DTYPES, Precision, require, require_frames
+from vflora.config import TORCH_DTYPES, Precision, require, require_frames, require_guidance
 from vflora.devices import torch_device
 from vflora.models.random_weights import small_pipeline
 from vflora.random_streams import keyed_generator
@@ -76,6 +76,7 @@ class BenchGenerateConfig:
 
     def __post_init__(self) -> None:
         require_frames("frames", self.frames)
+        require_guidance(self.guidance_scale)
         require(self.steps >= 2, "--steps must be at least 2: the first only warms up.")
         require(self.prompt_tokens >= 1, "--prompt_tokens must be at least 1.")
 

@@ -130,6 +130,23 @@ def test_a_value_of_another_kind_gets_one_line_that_says_what_fits(train_flags, 
     assert capsys.readouterr().err == f"vflora: {sentence} (`vflora train --help` lists the flags).\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("lora-r: 4", "lora-r in the --config file is no setting: write lora_r ("),
+        ("lora_rank: 4", "lora_rank in the --config file is no setting: write lora_r ("),
+        ("lora:\n  lora_r: 4", "lora.lora_r in the --config file is no setting: write lora_r at the left margin ("),
+        ("xyzzy: 4", "xyzzy in the --config file is no setting: remove it ("),
+    ],
+)
+def test_a_key_of_a_config_file_that_is_no_flag_is_told_with_the_right_one(
+    train_flags, tmp_path, capsys, content, sentence
+):
+    (tmp_path / "run.yaml").write_text(content)
+    assert main(["train", *train_flags, "--config", str(tmp_path / "run.yaml")]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_broken_config_file_is_told_in_one_line(train_flags, tmp_path, capsys):
     (tmp_path / "broken.yaml").write_text("lora_r: [\n")
     assert main(["train", *train_flags, "--config", str(tmp_path / "broken.yaml")]) == 2

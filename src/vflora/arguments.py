@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, get_args, get_origin
 
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
@@ -64,17 +65,26 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def explain(problem: str, groups: Sequence[type]) -> str:
-    """Says in one line what jsonargparse says about a value in several, and in Python's types.
+    """Says in one line what jsonargparse says about a value in several, or about a key without the right one.
 
     Args:
         problem: its message.
         groups: the dataclasses of flags.
     """
     kinds = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
+    if match := re.fullmatch(r"Option '([^']*)' is not accepted", problem.strip()):
+        return f"{match[1]} in the --config file is no setting: {_instead(match[1], kinds)}"
     match = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: ([^\n]*)', problem, re.DOTALL)
     if match is None or match[1] not in kinds:
         return " ".join(problem.split())
     return f"--{match[1]} {match[2]} does not fit: it takes {_takes(kinds[match[1]])}"
+
+
+def _instead(key: str, kinds: Collection[str]) -> str:
+    wanted = key.rpartition(".")[2].replace("-", "_")
+    near = difflib.get_close_matches(wanted, kinds, n=1)
+    place = " at the left margin" if "." in key else ""
+    return f"write {near[0]}{place}" if near else "remove it"
 
 
 def _takes(kind: Any) -> str:

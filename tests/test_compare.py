@@ -7,7 +7,8 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from vflora.compare import CompareConfig, command_of, run
+from vflora.compare import run
+from vflora.compare_config import CompareConfig, command_of
 from vflora.errors import UserError
 from vflora.inference import load_for_sampling, open_image
 from vflora.models.lora import ADAPTER, add_lora

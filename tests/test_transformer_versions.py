@@ -9,7 +9,7 @@ from PIL import Image
 from vflora.cli import main, parse
 from vflora.doctor import DoctorConfig, examine
 from vflora.download import DownloadConfig, all_parts
-from vflora.generate import GenerateConfig
+from vflora.generate_config import GenerateConfig
 from vflora.inference import load_for_sampling
 from vflora.models.random_original import write_small_original
 from vflora.sampling import default_steps

@@ -7,7 +7,6 @@ does to its transformer must be the same, and comes from here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
@@ -22,13 +21,11 @@ from vflora.distributed.lending import lend
 from vflora.distributed.processes import World
 from vflora.distributed.sequence_parallel import enable_context_parallel
 from vflora.errors import UserError
+from vflora.generate_config import GenerateConfig
 from vflora.models.dense_attention import make_dense
 from vflora.models.loading import load_transformer
 from vflora.models.speed import compile_blocks
 from vflora.sampling import Pipeline, fit_image, video_size
-
-if TYPE_CHECKING:
-    from vflora.generate import GenerateConfig
 
 
 def require_shareable(config: GenerateConfig, world: World) -> None:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import vflora.generate
-from vflora.generate import GenerateConfig, run
+from vflora.generate import run
+from vflora.generate_config import GenerateConfig
 from vflora.models.dense_attention import DenseAttention
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import from_transformer, write_lora

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks.group_offloading import ModuleGroup
 from PIL import Image
 
 from vflora.errors import UserError
@@ -106,6 +107,34 @@ def test_alpha_and_targets_on_the_command_line_win_over_the_file(folder, tmp_pat
     assert apart(frames(folder, tmp_path, lora_path=path, lora_scale=[0.5], lora_alpha=4.0), strong) == 0
     partly = frames(folder, tmp_path, lora_path=path, lora_scale=[1.0], lora_target_modules=["img_attn_q"])
     assert 0 < apart(partly, frames(folder, tmp_path)) < apart(strong, frames(folder, tmp_path))
+
+
+def test_offloaded_weights_are_read_only_while_they_are_there(folder, tmp_path, monkeypatch):
+    # On a CPU nothing moves; here whatever a GPU would not have at hand is NaN.
+    class Weights:
+        def __init__(self, group):
+            inside = [t for m in group.modules for t in (*m.parameters(), *m.buffers())]
+            self.tensors = [t for t in (*inside, *group.parameters, *group.buffers) if t.is_floating_point()]
+            self.real = [tensor.data for tensor in self.tensors]
+
+        def show(self, there):
+            for tensor, data in zip(self.tensors, self.real, strict=True):
+                tensor.data = data if there else torch.full_like(data, torch.nan)
+
+    kept, arrivals = {}, []
+
+    def offload(group):
+        kept.setdefault(id(group), Weights(group)).show(False)
+
+    def onload(group):
+        arrivals.append(group)
+        kept[id(group)].show(True)
+
+    plain = frames(folder, tmp_path)
+    monkeypatch.setattr(ModuleGroup, "offload_", offload)
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    assert apart(frames(folder, tmp_path, group_offloading=True), plain) == 0
+    assert len(arrivals) > 100
 
 
 def test_group_offloading_and_cached_runs_go_through(folder, tmp_path):

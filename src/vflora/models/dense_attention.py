@@ -90,15 +90,15 @@ def _dense_forward(
     video = self.x_embedder(hidden_states)
 
     text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
-    parts = [text + self.cond_type_embed.weight[0].to(dtype)]
+    parts = [text + _kind(self, 0, text)]
     masks = [encoder_attention_mask]
     if encoder_hidden_states_2 is not None and encoder_hidden_states_2.shape[1] > 0:
         quoted = self.context_embedder_2(encoder_hidden_states_2)
-        parts.insert(0, quoted + self.cond_type_embed.weight[1].to(dtype))
+        parts.insert(0, quoted + _kind(self, 1, quoted))
         masks.insert(0, encoder_attention_mask_2)
     if image_embeds is not None and image_embeds.shape[1] > 0:
         vision = self.image_embedder(image_embeds)
-        parts.insert(0, vision + self.cond_type_embed.weight[2].to(dtype))
+        parts.insert(0, vision + _kind(self, 2, vision))
         masks.insert(0, None)
     context = torch.cat(parts, dim=1)
     mask = _key_mask(parts, masks)
@@ -116,6 +116,12 @@ def _dense_forward(
 
     velocity = _unpatchify(self.proj_out(self.norm_out(video, temb)), size, self.config)
     return (velocity,) if not return_dict else Transformer2DModelOutput(sample=velocity)
+
+
+def _kind(transformer: HunyuanVideo15Transformer3DModel, kind: int, tokens: Tensor) -> Tensor:
+    """Returns what is added to every token of one kind; the layer is called, since its weights may have to come."""
+    index = torch.full((1,), kind, device=tokens.device)
+    return transformer.cond_type_embed(index).to(tokens.dtype)
 
 
 def _time_embedding(

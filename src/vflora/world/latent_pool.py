@@ -106,10 +106,12 @@ class LatentPool:
         device: torch.device,
         seed: int,
         domain: Domain = "geometric",
-        split: Split = "train",
+        splits: Sequence[Split] = ("train",),
         still: bool = False,
     ) -> None:
         """Renders and encodes `count` clips with the pipeline's VAE and encoders, which move to `device`.
+
+        Of several `splits` each has its turn, 256 clips at a time.
 
         With `still` every clip is its first frame, repeated, and its caption names the character and no motion.
         """
@@ -119,7 +121,7 @@ class LatentPool:
             scenes = sample_scenes(
                 min(_CHUNK, count - chunk * _CHUNK),
                 domain=domain,
-                split=split,
+                split=splits[chunk % len(splits)],
                 generator=keyed_generator(seed, "base clips", chunk),
                 frames=frames,
             )

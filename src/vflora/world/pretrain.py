@@ -61,7 +61,8 @@ class PretrainConfig:
     pool: int = 0
     """Clips held in memory, or for dino stills per character; 0 for the stage's own."""
     base_split: Literal["train", "general"] = "general"
-    """Whom the base sees: train, the 48 geometric characters of true shape; general, the 1,920 with the bent ones."""
+    """Whom the base sees: train, the 48 geometric characters of true shape; general, those for a third of the clips
+    and the 1,920 with the bent ones for the rest."""
     gate_clips: int = 128
     """Clips that the gates measure per domain."""
     sampling_steps: int = 30
@@ -125,7 +126,9 @@ def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:
             grader = train_grader(config.max_steps or GRADER_STEPS, device=device, seed=config.seed)
             replace_file(config.output / "grader.safetensors", partial(save_grader, grader))
         else:
-            settings = replace(BaseTraining(), split=config.base_split)
+            settings = BaseTraining()
+            if config.base_split == "train":
+                settings = replace(settings, splits=("train",))
             train_base(sizes, _sized(settings, config), **common)
             _measure_base(sizes, config, device)
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,9 +26,10 @@ class LoopSettings:
 
     Attributes:
         peak_lr: learning rate after the warm-up; a cosine takes it to zero at the end of the time.
-        muon_lr: the same for convolution kernels, if they are to go to Muon; None leaves everything to AdamW. A
+        muon_lr: the same for the stage's hidden weights, if they are to go to Muon; None leaves all to AdamW. A
             coherent step of AdamW is far too long for kernels of a thousand inputs: for the VAE, Muon was 2 dB
-            ahead after 100 steps at the best rate of either.
+            ahead after 100 steps at the best rate of either. For the base, 3,100 steps with Muon reached a lower loss
+            than 6,300 with AdamW from the same weights.
         warmup_steps: steps over which it rises.
         weight_decay: of AdamW, on everything.
         betas: of AdamW.
@@ -107,6 +108,7 @@ class StageRun:
         clock: with the time of this call, preparations included.
         folder: where metrics and the state go.
         keep: called with a copy of the averaged weights at every save and at the end.
+        hidden: matrices and convolution kernels between the first and the last layer, which Muon is for.
         resume: go on from the state in `folder` if there is one.
         max_steps: stop here even if there is time.
     """
@@ -118,6 +120,7 @@ class StageRun:
     clock: Clock
     folder: Path
     keep: Callable[[dict[str, Tensor]], None]
+    hidden: Sequence[nn.Parameter] = ()
     resume: bool = False
     max_steps: int | None = None
     step: int = field(default=0, init=False)
@@ -125,11 +128,11 @@ class StageRun:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
-        kernels = [p for p in self._parameters if p.ndim == 5 and self.settings.muon_lr is not None]
-        self._matrices = [(p, nn.Parameter(_as_matrix(p.data))) for p in kernels]
+        hidden = [] if self.settings.muon_lr is None else list(self.hidden)
+        self._matrices = [(p, nn.Parameter(_as_matrix(p.data))) for p in hidden]
         self._optimizers: dict[str, torch.optim.Optimizer] = {
             "adamw": torch.optim.AdamW(
-                [p for p in self._parameters if not any(p is kernel for kernel in kernels)],
+                [p for p in self._parameters if not any(p is other for other in hidden)],
                 lr=self.settings.peak_lr,
                 betas=self.settings.betas,
                 weight_decay=self.settings.weight_decay,
@@ -195,8 +198,8 @@ class StageRun:
         loss, numbers = self.loss(self.step, fraction)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.clip_norm)
-        for kernel, matrix in self._matrices:
-            matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad)
+        for weight, matrix in self._matrices:
+            matrix.grad = None if weight.grad is None else _as_matrix(weight.grad)
         for optimizer in self._optimizers.values():
             optimizer.step()
         for parameter in self._parameters:
@@ -251,9 +254,11 @@ class StageRun:
         return state["fraction"] if state["fraction"] < 1 else 0.0
 
 
-def _as_matrix(kernel: Tensor) -> Tensor:
+def _as_matrix(weight: Tensor) -> Tensor:
     """Views a convolution kernel in channels-last layout [O, I, T, H, W] as a matrix [O, T H W I]."""
-    return kernel.permute(0, 2, 3, 4, 1).reshape(kernel.shape[0], -1)
+    if weight.ndim == 2:
+        return weight
+    return weight.permute(0, 2, 3, 4, 1).reshape(weight.shape[0], -1)
 
 
 def _wait(device: torch.device) -> None:

@@ -158,6 +158,7 @@ def train_vae(
         clock=clock,
         folder=folder / "training",
         keep=partial(_keep, sizes, pool, kept, device),
+        hidden=[p for p in vae.parameters() if p.ndim == 5],
         resume=resume,
         max_steps=max_steps,
     )

@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vflora.sampling import generate_video
 from vflora.world.base_training import draw_sigmas
 from vflora.world.clip_pool import ClipPool
 from vflora.world.dino_training import augment, info_nce, repaint
-from vflora.world.grader import Grader, load_grader
+from vflora.world.grader import Grader, load_grader, train_grader
 from vflora.world.latent_pool import encode_clips
 from vflora.world.models import WorldSizes
 from vflora.world.pretrain import PretrainConfig, run
@@ -46,6 +47,14 @@ def config(output, **changes):
         "sampling_steps": 2,
     }
     return PretrainConfig(**{**usual, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_grader_batches():
+    """The grader learns from 64 characters a step, which no flag makes fewer; here from eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vflora.world.pretrain.train_grader", partial(train_grader, characters=8))
+        yield
 
 
 @pytest.fixture(scope="module")

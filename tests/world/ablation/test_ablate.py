@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -10,14 +11,19 @@ from vflora.errors import UserError
 from vflora.world.ablation import ablate, arm
 from vflora.world.ablation.arms import ARMS
 from vflora.world.ablation.lab import LabConfig
+from vflora.world.retrieval import make_lineup
 
 TINY = ["--steps", "1", "--batch_size", "2", "--characters", "4", "--pictures", "8", "--head_steps", "1"]
 TINY += ["--exam_clips", "2", "--sampling_steps", "2", "--device", "cpu"]
 
 
 @pytest.mark.slow
-def test_arms_are_trained_graded_and_put_side_by_side(tmp_path):
-    flags = ["--output", str(tmp_path / "lab"), *TINY, "--seeds", "1", "--arms"]
+def test_arms_are_trained_graded_and_put_side_by_side(tmp_path, monkeypatch):
+    # One picture of everybody in the line-up, not eight; the arms find it on disk.
+    monkeypatch.setattr("vflora.world.ablation.lab.make_lineup", partial(make_lineup, pictures=1))
+    (tmp_path / "quick.yaml").write_text("train_video_length: 9\nnum_inference_steps: 8\n")
+    flags = ["--output", str(tmp_path / "lab"), *TINY, "--recipe", str(tmp_path / "quick.yaml")]
+    flags += ["--seeds", "1", "--arms"]
     written = ablate.run(parse("world ablate", [*flags, "base", "recipe"]))
     text = written.read_text()
     assert "| base model |" in text

@@ -5,7 +5,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from vflora.cli import main, parse
 from vflora.errors import UserError
+from vflora.folder_lock import held, require_free
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
 from vflora.rollouts import run as roll_out
@@ -21,7 +21,7 @@ from vflora.teacher_source import Rollouts
 from vflora.train import run as train
 
 SHORT = ("--train_video_length", "5", "--learning_rate", "3e-2", "--harvest_count", "1")
-VALUES = 4 * 2 * 4 * 4
+VALUES = 4 * 2 * 2 * 2
 """Of one sample's latents: channels, latent frames, height, width."""
 
 
@@ -134,7 +134,7 @@ def test_samples_are_what_the_steps_look_at_and_no_more(shared):
         points = json.loads(note)["points"]
         tensors = load(content)
         assert sorted(tensors) == ["latents", "velocities"]
-        assert all(t.shape == (2, 4, 2, 4, 4) and t.dtype == torch.float32 for t in tensors.values())
+        assert all(t.shape == (2, 4, 2, 2, 2) and t.dtype == torch.float32 for t in tensors.values())
         assert len(points) == 2, "one harvested point and the deepest"
         assert 2 * 2 * VALUES * 4 <= len(content) < 2 * 2 * VALUES * 4 + 300
 
@@ -171,23 +171,21 @@ def test_a_stop_keeps_what_is_done_and_the_same_line_goes_on(shared, flags, fold
     assert samples(folder) == samples(shared[1])
 
 
-def test_a_kill_loses_only_the_shard_in_hand(shared, flags, folder):
-    script = (
-        "import os, signal, sys\n"
-        "from vflora.teacher_source import Rollouts\n"
-        "from vflora.rollouts import run\n"
-        "from vflora.cli import parse\n"
-        "plain = Rollouts.trajectory\n"
-        "def killed(self, prepared, step):\n"
-        "    if prepared.number == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return plain(self, prepared, step)\n"
-        "Rollouts.trajectory = killed\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "run(parse('rollouts', sys.argv[1:]))\n"
-    )
-    line = [*flags, "--trajectory_dir", str(folder), "--rollouts_per_shard", "2"]
-    result = subprocess.run([sys.executable, "-c", script, *line], capture_output=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+def test_a_kill_loses_only_the_shard_in_hand(shared, flags, folder, tmp_path, fork):
+    def work():
+        plain = Rollouts.trajectory
+
+        def killed(self, prepared, step):
+            if prepared.number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(self, prepared, step)
+
+        Rollouts.trajectory = killed
+        roll_out(storing(flags, folder))
+
+    process = fork(work, log=tmp_path / "stderr")
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "stderr").read_text()[-2000:]
     assert shard_names(folder) == [".unfinished-0.tmp", "rollouts-00000000-00000001.tar"]
     roll_out(storing(flags, folder))
     assert shard_names(folder) == shard_names(shared[1])
@@ -353,3 +351,29 @@ def test_a_folder_goes_on_as_it_was_begun(shared, capsys):
     assert "--seed was 42 and is 7; go on with the same" in capsys.readouterr().err
     assert main(["rollouts", *flags]) == 2
     assert "needs --trajectory_dir" in capsys.readouterr().err
+
+
+def test_a_second_launch_on_the_same_folder_is_refused(flags, folder, capsys):
+    line = ["rollouts", *flags, "--trajectory_dir", str(folder)]
+    with held(folder, "--trajectory_dir", rank=1, size=2):
+        assert main(line) == 2
+    assert f"another run is at work in {folder}: wait" in capsys.readouterr().err
+    assert not [path for path in folder.iterdir() if not path.name.startswith(".lock")]
+
+
+def test_the_folder_is_held_while_it_fills_and_free_afterwards(flags, folder, monkeypatch):
+    plain = Rollouts.trajectory
+
+    def looking(self, prepared, step):
+        with pytest.raises(UserError, match="another run is at work"):
+            require_free(folder, "--trajectory_dir")
+        return plain(self, prepared, step)
+
+    monkeypatch.setattr(Rollouts, "trajectory", looking)
+    roll_out(storing(flags, folder, "--max_train_steps", "1"))
+    require_free(folder, "--trajectory_dir")
+
+
+def test_a_folder_that_cannot_be_is_refused(flags, capsys):
+    assert main(["rollouts", *flags, "--trajectory_dir", __file__]) == 2
+    assert "is a file and no folder: choose another --trajectory_dir" in capsys.readouterr().err

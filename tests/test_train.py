@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 
 import pytest
@@ -10,10 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from vflora.cli import main, parse
+from vflora.errors import UserError
+from vflora.folder_lock import held, require_free
 from vflora.models.projection_head import HeadSpec, new_head, save_head
 from vflora.models.random_original import write_small_original
 from vflora.models.random_weights import small_pipeline
-from vflora.train import run
+from vflora.train import opened, run
 from vflora.training_setup import set_up
 
 
@@ -69,19 +68,18 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(
     assert losses(cut) == losses(whole)
 
 
-def test_sigterm_saves_the_step_and_exits(train_flags, tmp_path):
+def test_sigterm_saves_the_step_and_exits(train_flags, tmp_path, fork):
     flags = [*train_flags, "--max_train_steps", "100000", "--save_every_steps", "100000"]
-    command = [sys.executable, "-m", "vflora.cli", "train", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = fork(lambda: sys.exit(main(["train", *flags])), log=tmp_path / "stderr")
     try:
         log = tmp_path / "run" / "metrics.jsonl"
-        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
-            pass
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        while process.is_alive() and not (log.exists() and log.read_text().count("\n") >= 2):
+            process.join(0.02)
+        process.terminate()
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 0, errors.decode()[-2000:]
+    assert process.exitcode == 0, (tmp_path / "stderr").read_text()[-2000:]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     steps = json.loads((checkpoint / "state.json").read_text())["step"]
     assert steps == metrics(tmp_path / "run")[-1]["step"]
@@ -162,6 +160,19 @@ def test_a_new_run_never_touches_the_one_that_is_there(train_flags, tmp_path, ca
     assert main(["train", *train_flags, "--max_train_steps", "1", "--keep_checkpoints", "1"]) == 2
     assert "already holds a run (checkpoint-2): go on with --resume_from_checkpoint latest" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_folder_with_a_run_at_work_is_refused_before_anything_loads(train_flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("vflora.clips.load_vae")
+    with held(tmp_path / "run", "--output_dir"):
+        assert main(["train", *train_flags, "--resume_from_checkpoint", "auto"]) == 2
+    assert f"another run is at work in {tmp_path / 'run'}: wait" in capsys.readouterr().err
+
+
+def test_a_run_holds_its_folder_until_it_is_closed(train_flags, tmp_path):
+    with opened(parse("train", train_flags)), pytest.raises(UserError, match="another run is at work"):
+        require_free(tmp_path / "run", "--output_dir")
+    require_free(tmp_path / "run", "--output_dir")
 
 
 def test_a_run_that_goes_back_leaves_later_checkpoints_aside_and_keeps_its_own(train_flags, tmp_path, losses):

@@ -21,6 +21,8 @@ from vflora.config import TORCH_DTYPES, Precision, require
 from vflora.data.schema import DataSet
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
+from vflora.folder_lock import held
+from vflora.run_folder import require_writable
 from vflora.settings import TrainSettings
 from vflora.stopping import stop_requests
 from vflora.trajectories.folder import Manifest, begin, read_manifest, shard_folder
@@ -63,7 +65,7 @@ def run(settings: RolloutsSettings) -> Path:
     """Makes this process's share of what is missing, and returns the folder.
 
     Raises:
-        UserError: for bad input, or if the folder was begun otherwise.
+        UserError: for bad input, or if the folder was begun otherwise, or another launch is at work in it.
     """
     folder = settings.run.trajectory_dir
     if folder is None:
@@ -72,6 +74,13 @@ def run(settings: RolloutsSettings) -> Path:
     claim_device(settings.model.torch_device(), size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
     noise_levels(settings)  # a range that no level meets must not begin a folder
+    require_writable(folder, "--trajectory_dir")
+    with held(folder, "--trajectory_dir", rank=rank, size=size):
+        _fill(settings, dataset, folder, rank, size)
+    return folder
+
+
+def _fill(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: int, size: int) -> None:
     manifest = _manifest(settings, dataset, folder, rank, size)
     if rank == 0:
         clear_unfinished(shard_folder(folder), size)
@@ -81,7 +90,7 @@ def run(settings: RolloutsSettings) -> Path:
     mine = shares(missing, per_shard=manifest.per_shard, rank=rank, size=size)
     if not mine:
         logger.info("%s holds all of this process's rollouts already", folder)
-        return folder
+        return
     everything = sum(map(len, shares([wanted], per_shard=manifest.per_shard, rank=rank, size=size)))
     guide = Guide.load(_split_as(settings, manifest), dataset, manifest.plan, mine)
     per_rollout = guide.bytes_per_rollout(TORCH_DTYPES[manifest.dtype])
@@ -94,7 +103,6 @@ def run(settings: RolloutsSettings) -> Path:
     done = _write(guide, mine, folder, manifest, rank, progress={"total": everything, "initial": done})
     if done < everything:
         logger.warning("stopped after %d of %d rollouts; the same line goes on from there", done, everything)
-    return folder
 
 
 def _manifest(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: int, size: int) -> Manifest:

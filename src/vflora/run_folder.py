@@ -8,15 +8,17 @@ from pathlib import Path
 from vflora.checkpoint import list_checkpoints
 from vflora.config import RunConfig, require
 from vflora.errors import UserError
+from vflora.folder_lock import require_free
 
 
 def require_place(run: RunConfig) -> None:
-    """Refuses a run that could not write, or that would write over another one.
+    """Refuses a run that could not write, or that would write over another one, ended or at work.
 
     Raises:
         UserError: with the way out.
     """
     require_writable(run.output_dir, "--output_dir")
+    require_free(run.output_dir, "--output_dir")
     there = list_checkpoints(run.output_dir)
     if there and not run.resume_from_checkpoint:
         raise UserError(

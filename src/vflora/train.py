@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vflora.checkpoint import CheckpointWriter, RunState, leave_later
 from vflora.config import require
 from vflora.distributed.processes import joined
+from vflora.folder_lock import held
 from vflora.learning import learn
 from vflora.models.lora import ADAPTER
 from vflora.models.lora_formats import from_transformer, write_lora
@@ -49,8 +50,10 @@ def opened(settings: TrainSettings) -> Iterator[Run]:
     Raises:
         UserError: for whatever is wrong with the settings, the data, the models or the checkpoint.
     """
-    with joined(settings.distributed.sp_size, settings.model.torch_device()) as world:
+    output_dir = settings.run.output_dir
+    with joined(settings.distributed.sp_size, settings.model.torch_device()) as world, ExitStack() as closing:
         training = set_up(settings, world)
+        world.from_main(lambda: closing.enter_context(held(output_dir, "--output_dir")))
         tracer = _tracer(training)
         log = _open_log(training)
         writer = CheckpointWriter(world, asynchronous=settings.run.async_save)

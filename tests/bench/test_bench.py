@@ -5,10 +5,11 @@ import json
 import pytest
 
 from vflora.bench import accuracy, ratio, step
-from vflora.bench.accuracy import BenchAccuracySettings
+from vflora.bench.accuracy import AccuracyConfig, BenchAccuracySettings
 from vflora.bench.ratio import BenchRatioConfig
 from vflora.bench.setting import BenchConfig, build_setting
 from vflora.bench.step import BenchStepSettings
+from vflora.errors import UserError
 from vflora.models.speed import SpeedConfig
 from vflora.step_clock import StepClock
 
@@ -37,7 +38,7 @@ def test_shared_rollouts_are_spread_over_their_steps(tmp_path):
 
 def test_every_approximation_is_close_and_the_exact_ones_are_exact(tmp_path):
     output = tmp_path / "accuracy.json"
-    accuracy.run(BenchAccuracySettings(BenchConfig(**SMALL, output=output)))
+    accuracy.run(BenchAccuracySettings(AccuracyConfig(), BenchConfig(**SMALL, output=output)))
     rows = {row["name"]: row for row in json.loads(output.read_text())["rows"]}
     tiles = rows["decoder in tiles (rounding)"]
     assert tiles["velocity_error"] == tiles["state_error"] == 0
@@ -47,6 +48,24 @@ def test_every_approximation_is_close_and_the_exact_ones_are_exact(tmp_path):
     assert 0 < rows["every second rollout point"]["state_error"] < 0.1
     assert 0 < rows["int8 weights"]["velocity_error"] < rows["fp8 weights"]["velocity_error"] < 0.1
     assert all(row["gradient_cosine"] > 0.99 for name, row in rows.items() if "half-size" not in name)
+
+
+def test_the_step_of_a_training_is_measured_on_its_own_models_and_leaves_its_folder_alone(tmp_path, trained_run):
+    recorded = next(trained_run.glob("checkpoint-*/config.yaml"))
+    before = sorted(trained_run.rglob("*"))
+    output = tmp_path / "accuracy.json"
+    accuracy.run(BenchAccuracySettings(AccuracyConfig(recorded), BenchConfig(**SMALL, output=output)))
+    found = json.loads(output.read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert found["bench"] == {"train_config": str(recorded)}
+    assert rows["decoder in tiles (rounding)"]["state_error"] == 0
+    assert 0 < rows["every second rollout point"]["state_error"] < 0.1
+    assert sorted(trained_run.rglob("*")) == before
+
+
+def test_a_training_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is no file: name the config.yaml of a checkpoint"):
+        accuracy.run(BenchAccuracySettings(AccuracyConfig(tmp_path / "no.yaml"), BenchConfig(**SMALL)))
 
 
 def test_the_ratios_are_written_and_a_second_copy_holds_the_weights_twice(tmp_path):

@@ -6,20 +6,26 @@ import gc
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vflora.bench.setting import BenchConfig, build_setting
+from vflora.atomic import replace_file
+from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.cli import parse
 from vflora.config import require
 from vflora.devices import torch_device
 from vflora.learning import learn
 from vflora.models.random_weights import randomise_lora
 from vflora.models.speed import SpeedConfig
 from vflora.random_streams import keyed_noise
+from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock
+from vflora.training_setup import Training, set_up
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +34,20 @@ _PROBE_SIGMA = 0.7
 
 
 @dataclass(frozen=True)
+class AccuracyConfig:
+    """Whose step is taken."""
+
+    train_config: Path | None = None
+    """YAML file with the settings of a training, such as checkpoint-10/config.yaml: its models, pictures and sizes take
+    the step, where otherwise random ones of the sizes below do. Only with trained weights do the errors of rollouts
+    and of 8-bit weights mean what they will mean in training."""
+
+
+@dataclass(frozen=True)
 class BenchAccuracySettings:
     """Flags of `vflora bench accuracy`."""
 
+    accuracy: AccuracyConfig
     bench: BenchConfig
 
 
@@ -41,16 +58,17 @@ class Variant:
     Attributes:
         name: for the table.
         speed: switches.
-        bench: settings of the measurement that differ from the exact ones.
+        identity: settings of the identity loss that differ from the exact ones.
         needs_cuda: whether a CPU cannot do it, or not as it is meant.
     """
 
     name: str
     speed: SpeedConfig
-    bench: dict[str, Any]
+    identity: dict[str, Any]
     needs_cuda: bool = False
 
 
+EXACT = Variant("exact", SpeedConfig(), {})
 VARIANTS = (
     Variant(
         "compiled blocks, cuDNN attention (rounding)", SpeedConfig(compile=True, attention_backend="cudnn"), {}, True
@@ -90,18 +108,21 @@ def run(settings: BenchAccuracySettings) -> None:
     """
     config = settings.bench
     require(config.profile_steps is None, "--profile_steps is for `vflora bench step`: drop it here.")
-    exact = _outcome(config, SpeedConfig())
-    on_cuda = torch_device(config.device).type == "cuda"
-    rows = []
-    for variant in tqdm([v for v in VARIANTS if on_cuda or not v.needs_cuda], desc="variants"):
-        outcome = _outcome(replace(config, **variant.bench), variant.speed)
-        rows.append({"name": variant.name, **compare(outcome, exact)})
-        tqdm.write(line(rows[-1]))
+    with TemporaryDirectory() as nowhere:
+        source = _recorded(settings.accuracy.train_config, config, Path(nowhere))
+        exact = _outcome(source, EXACT)
+        on_cuda = torch_device(config.device).type == "cuda"
+        rows = []
+        for variant in tqdm([v for v in VARIANTS if on_cuda or not v.needs_cuda], desc="variants"):
+            rows.append({"name": variant.name, **compare(_outcome(source, variant), exact)})
+            tqdm.write(line(rows[-1]))
     tqdm.write("\n".join([HEADER, *map(line, rows)]))
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        bench = {k: str(v) if k == "output" else v for k, v in asdict(config).items()}
-        config.output.write_text(json.dumps({"torch": torch.__version__, "bench": bench, "rows": rows}, indent=1))
+        measured = asdict(config) if settings.accuracy.train_config is None else asdict(settings.accuracy)
+        bench = {k: str(v) if isinstance(v, Path) else v for k, v in measured.items()}
+        found = json.dumps({"torch": torch.__version__, "bench": bench, "rows": rows}, indent=1)
+        replace_file(config.output, lambda path: path.write_text(found))
 
 
 def compare(outcome: Outcome, exact: Outcome) -> dict[str, float]:
@@ -130,8 +151,25 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def _outcome(config: BenchConfig, speed: SpeedConfig) -> Outcome:
-    setting = build_setting(config, speed)
+def _recorded(path: Path | None, config: BenchConfig, nowhere: Path) -> BenchConfig | TrainSettings:
+    """Returns what the step is taken with: the random models of `config`, or the training of a file."""
+    if path is None:
+        return config
+    require(path.is_file(), f"--train_config {path} is no file: name the config.yaml of a checkpoint.")
+    flags = ["--config", str(path), "--output_dir", str(nowhere), "--logger", "none", "--resume_from_checkpoint", ""]
+    flags += ["--gradient_accumulation_steps", "1", "--num_workers", "0", "--enable_validation", "false"]
+    return parse("train", [*flags, "--device", config.device])
+
+
+def _build(source: BenchConfig | TrainSettings, variant: Variant) -> Setting | Training:
+    if isinstance(source, BenchConfig):
+        return build_setting(replace(source, **variant.identity), variant.speed)
+    identity = replace(source.identity, **variant.identity)
+    return set_up(replace(source, identity=identity, speed=variant.speed))
+
+
+def _outcome(source: BenchConfig | TrainSettings, variant: Variant) -> Outcome:
+    setting = _build(source, variant)
     # With its B factors at zero, student and teacher would agree, and half of the gradient would be missing.
     randomise_lora(setting.denoiser.lora_parameters().items(), std=_LORA_B_STD)
     clock = StepClock(setting.device)

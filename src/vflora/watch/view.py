@@ -29,6 +29,66 @@ _SETTINGS = {
     "temperature": "Temperature",
 }
 
+_PLOTS = (
+    (
+        "Distillation loss",
+        "Velocity error against the teacher at the harvested points, at most noise, at least noise, and all.",
+        "Distillation loss over the steps, at high noise, at low noise, and their mean",
+        {"high": "loss/distill_high_noise", "low": "loss/distill_low_noise", "all": "loss/distill"},
+    ),
+    (
+        "Identity loss",
+        "One minus the cosine between decoded frames and the character's picture.",
+        "Identity loss over the steps",
+        {"loss": "loss/identity"},
+    ),
+    ("Loss", "Of the identity head.", "Loss over the steps", {"loss": "loss"}),
+    (
+        "Cosine in training",
+        "Of the first and the last frame compared: the last is where identity drifts.",
+        "Cosine to the picture in training, of the first and the last frame that was compared",
+        {"first": "cosine/first_frame", "last": "cosine/last_frame"},
+    ),
+    (
+        "Same and different",
+        "Cosine between pictures of one character, and of two.",
+        "Cosine between pictures of the same and of different characters",
+        {"different": "cosine/different", "same": "cosine/same"},
+    ),
+    (
+        "Identity in validation",
+        "Cosine to the held-out picture in the last quarter of a clip. The training optimised this embedder.",
+        "Cosine to the held-out picture in the last quarter of the clip, teacher and student",
+        {"teacher": "val/teacher_cosine_last_quarter", "student": "val/student_cosine_last_quarter"},
+    ),
+    (
+        "Motion ratio",
+        "Student against teacher at the same noise. In the shaded part half the motion is gone.",
+        "Motion of the student as a ratio to the teacher at the same noise",
+        {"ratio": "val/motion_ratio"},
+    ),
+    (
+        "Teacher deviation",
+        "Velocity error on the teacher's own way to a held-out clip.",
+        "Velocity error against the teacher in validation",
+        {"deviation": "val/teacher_deviation"},
+    ),
+    (
+        "Retrieval",
+        "Mean average precision at R on validation pictures.",
+        "Mean average precision at R",
+        {"head": "val/map_at_r"},
+    ),
+    (
+        "Gradient norm",
+        "Before it is cut to its limit.",
+        "Norm of the gradient over the steps",
+        {"norm": "gradient_norm"},
+    ),
+)
+"""Every plot: title, what it means, what to say to who cannot see it, and the metric of each line by its label."""
+_MARKS = {"Motion ratio": {"rule": 1.0, "zone_below": 0.5}}
+
 _environment = Environment(
     loader=PackageLoader("vflora.watch", "."),
     autoescape=True,
@@ -94,80 +154,12 @@ def duration(seconds: float) -> str:
 
 def _plots(run: RunState) -> list[dict[str, Any]]:
     """Every plot that has something to show: title, drawing, what it means."""
-
-    def lines(**names: str) -> dict[str, list[tuple[int, float]]]:
-        return {label.replace("_", " "): run.series(name) for label, name in names.items()}
-
-    wanted = [
-        (
-            "Distillation loss",
-            curves(
-                lines(high="loss/distill_high_noise", low="loss/distill_low_noise", all="loss/distill"),
-                "Distillation loss over the steps, at high noise, at low noise, and their mean",
-            ),
-            "Velocity error against the teacher at the harvested points, at most noise, at least noise, and all.",
-        ),
-        (
-            "Identity loss",
-            curves(lines(loss="loss/identity"), "Identity loss over the steps"),
-            "One minus the cosine between decoded frames and the character's picture.",
-        ),
-        (
-            "Loss",
-            curves(lines(loss="loss"), "Loss over the steps"),
-            "Of the identity head.",
-        ),
-        (
-            "Cosine in training",
-            curves(
-                lines(first="cosine/first_frame", last="cosine/last_frame"),
-                "Cosine to the picture in training, of the first and the last frame that was compared",
-            ),
-            "Of the first and the last frame compared: the last is where identity drifts.",
-        ),
-        (
-            "Same and different",
-            curves(
-                lines(different="cosine/different", same="cosine/same"),
-                "Cosine between pictures of the same and of different characters",
-            ),
-            "Cosine between pictures of one character, and of two.",
-        ),
-        (
-            "Identity in validation",
-            curves(
-                lines(teacher="val/teacher_cosine_last_quarter", student="val/student_cosine_last_quarter"),
-                "Cosine to the held-out picture in the last quarter of the clip, teacher and student",
-            ),
-            "Cosine to the held-out picture in the last quarter of a clip. The training optimised this embedder.",
-        ),
-        (
-            "Motion ratio",
-            curves(
-                lines(ratio="val/motion_ratio"),
-                "Motion of the student as a ratio to the teacher at the same noise",
-                rule=1.0,
-                zone_below=0.5,
-            ),
-            "Student against teacher at the same noise. In the shaded part half the motion is gone.",
-        ),
-        (
-            "Teacher deviation",
-            curves(lines(deviation="val/teacher_deviation"), "Velocity error against the teacher in validation"),
-            "Velocity error on the teacher's own way to a held-out clip.",
-        ),
-        (
-            "Retrieval",
-            curves(lines(head="val/map_at_r"), "Mean average precision at R"),
-            "Mean average precision at R on validation pictures.",
-        ),
-        (
-            "Gradient norm",
-            curves(lines(norm="gradient_norm"), "Norm of the gradient over the steps"),
-            "Before it is cut to its limit.",
-        ),
-    ]
-    return [{"title": title, "svg": Markup(svg), "note": note} for title, svg, note in wanted if svg is not None]
+    plots = []
+    for title, note, description, names in _PLOTS:
+        svg = curves({label: run.series(name) for label, name in names.items()}, description, **_MARKS.get(title, {}))
+        if svg is not None:
+            plots.append({"title": title, "svg": Markup(svg), "note": note})
+    return plots
 
 
 def _text(package: str, name: str) -> str:

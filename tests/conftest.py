@@ -1,9 +1,12 @@
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import warnings
+from pathlib import Path
 
+import cloudpickle
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+import vflora.train  # noqa: E402
 from vflora.cli import parse  # noqa: E402
 from vflora.data.pack import PackConfig  # noqa: E402
 from vflora.data.pack import run as pack  # noqa: E402
@@ -99,7 +103,7 @@ def make_train_flags(small_models, small_data):
         *("--dino_head_path", str(small_models / "head.safetensors")),
         *("--wds_root", str(small_data), "--metadata_key", "species"),
         *("--output_dir", str(folder)),
-        *("--train_target_resolution", "64x64", "--train_video_length", "9", "--num_inference_steps", "6"),
+        *("--train_target_resolution", "32x32", "--train_video_length", "9", "--num_inference_steps", "6"),
         *("--lora_r", "4", "--lora_alpha", "4", "--dtype", "fp32", "--num_workers", "0"),
         *("--condition_lookahead", "2", "--max_train_steps", "4", "--warmup_steps", "0", "--learning_rate", "1e-2"),
         *("--log_every_steps", "1", "--logger", "none", "--device", "cpu"),
@@ -117,7 +121,8 @@ def trained_run(make_train_flags, tmp_path_factory):
     """The folder of a real training of four steps, validated after the second and the last, with TensorBoard."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--enable_validation", "--val_num_samples", "2", "--val_video_length", "5", "--val_every_steps", "2"]
-    train(parse("train", [*make_train_flags(folder), *flags, "--logger", "tensorboard"]))
+    flags += ["--train_target_resolution", "64x64", "--logger", "tensorboard"]
+    train(parse("train", [*make_train_flags(folder), *flags]))
     return folder
 
 
@@ -133,25 +138,76 @@ def losses():
     return read
 
 
-_KILLED_IN_STEP_4 = """
-import os, signal, sys, vflora.train as train
-from vflora.cli import parse
-learn = train.learn
-def killed(training, lesson, step, *rest):
-    if step == 3: os.kill(os.getpid(), signal.SIGKILL)
-    return learn(training, lesson, step, *rest)
-train.learn = killed
-import torch; torch.set_num_threads(1)
-train.run(parse("train", sys.argv[1:]))
-"""
+# Real processes, quickly: a forkserver imports everything once and forks from there. The process of the tests itself
+# must not fork: torch has computed in it, and a child could wait for ever for a thread that it did not inherit.
+TESTS = f"{Path(__file__).parent}{os.sep}"
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    [
+        *("cloudpickle", "vflora.cli", "vflora.train", "vflora.train_head", "vflora.rollouts", "vflora.generate"),
+        *("vflora.compare", "transformers.models.dinov3_vit.modeling_dinov3_vit", "PIL.PngImagePlugin"),
+    ]
+)
+
+
+class ByValue:
+    """A function that reaches a process which cannot import the module it is from."""
+
+    def __init__(self, function):
+        for module in list(sys.modules.values()):
+            if (getattr(module, "__file__", None) or "").startswith(TESTS):
+                cloudpickle.register_pickle_by_value(module)
+        self._content = cloudpickle.dumps(function)
+
+    def __reduce__(self):
+        return cloudpickle.loads, (self._content,)
+
+
+def _as_in_tests(log, work, *arguments):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    if log is not None:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 2)
+    work(*arguments)
 
 
 @pytest.fixture(scope="session")
-def train_until_killed():
+def fork():
+    """Starts a function in a process of its own, whose stderr goes to the file `log`, and returns the process.
+
+    Functions of the tests travel by value, closures too; a test that replaces a part of the program does so inside
+    the function it sends.
+    """
+
+    def start(work, *arguments, log=None):
+        process = PROCESSES.Process(target=ByValue(_as_in_tests), args=(log, ByValue(work), *arguments))
+        process.start()
+        return process
+
+    return start
+
+
+def _train_until_killed(flags):
+    learn = vflora.train.learn
+
+    def killed(training, lesson, step, *rest):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return learn(training, lesson, step, *rest)
+
+    vflora.train.learn = killed
+    train(parse("train", flags))
+
+
+@pytest.fixture
+def train_until_killed(fork, tmp_path):
     """Trains in a process of its own that is killed, as a power cut would, when three steps are done."""
 
     def start(flags):
-        result = subprocess.run([sys.executable, "-c", _KILLED_IN_STEP_4, *flags], capture_output=True)
-        assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+        process = fork(_train_until_killed, flags, log=tmp_path / "killed.log")
+        process.join(250)
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "killed.log").read_text()[-2000:]
 
     return start

@@ -1,7 +1,5 @@
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,8 +30,8 @@ def write_adapter(folder: Path) -> None:
     (folder / "adapter.bin").write_bytes(b"adapter")
 
 
-def save(folder, step, keep=None):
-    return save_checkpoint(folder, RunState(step, 2 * step, "data"), tensors(step), "a: 1\n", write_adapter, keep=keep)
+def save(folder, step, keep=None, write=write_adapter):
+    return save_checkpoint(folder, RunState(step, 2 * step, "data"), tensors(step), "a: 1\n", write, keep=keep)
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path):
@@ -88,17 +86,11 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     verify_checkpoint(tmp_path / "checkpoint-1")
 
 
-def test_kill_9_inside_a_save_leaves_the_checkpoint_before(tmp_path):
+def test_kill_9_inside_a_save_leaves_the_checkpoint_before(tmp_path, fork):
     save(tmp_path, 1)
-    script = (
-        "import os, signal, sys, pathlib\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_checkpoint as t\n"
-        "t.write_adapter = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "t.save(pathlib.Path(sys.argv[1]), 2)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, env=os.environ)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-1000:]
+    process = fork(lambda: save(tmp_path, 2, write=lambda folder: os.kill(os.getpid(), signal.SIGKILL)))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     found = find_checkpoint("latest", tmp_path)
     assert found.name == "checkpoint-1"
     verify_checkpoint(found)

@@ -26,7 +26,7 @@ def same(losses):
 
     def compare(folder, other):
         ours, theirs = ([float.fromhex(x) for row in losses(f).values() for x in row] for f in (folder, other))
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-9)
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-9)
 
     return compare
 
@@ -263,8 +263,10 @@ def test_a_run_starts_from_the_weights_as_first_published(train_flags, small_mod
 )
 def test_switches_for_time_and_memory_change_no_loss_and_may_change_on_resume(train_flags, tmp_path, switch, same):
     plain, other = tmp_path / "plain", tmp_path / "other"
-    run(parse("train", [*train_flags, "--output_dir", str(plain)]))
-    flags = [*train_flags, "--output_dir", str(other)]
+    # Far from the teacher and without Muon's bf16 iteration: what differs then is not all rounding.
+    far = [*train_flags, "--learning_rate", "3e-2", "--use_muon", "false"]
+    run(parse("train", [*far, "--output_dir", str(plain)]))
+    flags = [*far, "--output_dir", str(other)]
     run(parse("train", [*flags, "--max_train_steps", "4", "--save_every_steps", "2", *switch]))
     same(other, plain)
     shutil.rmtree(other / "checkpoint-4")

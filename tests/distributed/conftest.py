@@ -1,52 +1,22 @@
-"""Real processes for the tests of several, quickly: a forkserver imports everything once and forks from there.
-
-The process of the tests itself must not fork: torch has computed in it, and a child could wait for ever for a thread
-that it did not inherit. The server only imports. What it forks runs functions of the tests, closures too, which
-travel by value; a test that replaces a part of the program does so inside the function it sends.
-"""
+"""Several processes that meet, each with the environment that torchrun gives."""
 
 import io
 import multiprocessing
 import os
 import socket
-import sys
 import traceback
-import warnings
 from functools import partial
-from pathlib import Path
 
-import cloudpickle
 import pytest
 import torch
 
 from vflora.distributed.processes import joined
-
-TESTS = f"{Path(__file__).parents[1]}{os.sep}"
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cloudpickle", "vflora.train", "vflora.generate", "vflora.compare", "vflora.cli"])
 
 
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-class ByValue:
-    """A function that reaches a process which cannot import the module it is from."""
-
-    def __init__(self, function):
-        self._content = cloudpickle.dumps(function)
-
-    def __reduce__(self):
-        return cloudpickle.loads, (self._content,)
-
-
-def _send_test_modules():
-    """What test modules define is sent along: in the other process there are no such modules."""
-    for module in list(sys.modules.values()):
-        if (getattr(module, "__file__", None) or "").startswith(TESTS):
-            cloudpickle.register_pickle_by_value(module)
 
 
 def _child(rank, port, count, work, answers):
@@ -57,10 +27,7 @@ def _child(rank, port, count, work, answers):
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "HF_HUB_OFFLINE": "1",
     }
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")  # as in the process of the tests
     answer, error = None, None
     try:
         answer = work()
@@ -76,18 +43,12 @@ def _child(rank, port, count, work, answers):
 
 
 class Processes:
-    """Processes that know nothing of each other, each with the environment that torchrun gives."""
+    """Processes that know nothing of each other."""
 
-    def __init__(self, count, work):
-        _send_test_modules()
-        child, port = ByValue(_child), free_port()
-        self._answers = PROCESSES.Queue()
-        self.children = [
-            PROCESSES.Process(target=child, args=(rank, port, count, ByValue(work), self._answers))
-            for rank in range(count)
-        ]
-        for process in self.children:
-            process.start()
+    def __init__(self, fork, count, work):
+        port = free_port()
+        self._answers = multiprocessing.get_context("forkserver").Queue()
+        self.children = [fork(partial(_child, rank, port, count, work), self._answers) for rank in range(count)]
 
     def outcomes(self, expected, timeout):
         """What `expected` of them returned or raised, by rank: (answer, error)."""
@@ -103,11 +64,11 @@ class Processes:
 
 
 @pytest.fixture
-def launch():
+def launch(fork):
     """Runs a function in several processes and returns what each returned, by rank."""
 
     def run(count, work, *, timeout=200):
-        outcomes = Processes(count, work).outcomes(count, timeout)
+        outcomes = Processes(fork, count, work).outcomes(count, timeout)
         for rank, (_, error) in outcomes.items():
             assert error is None, f"process {rank}: {error}"
         return [outcomes[rank][0] for rank in range(count)]
@@ -116,11 +77,11 @@ def launch():
 
 
 @pytest.fixture
-def launch_to_fail():
+def launch_to_fail(fork):
     """Runs a function in several processes, which raise unless they are killed, and returns the errors by rank."""
 
     def run(count, work, *, killed=0, timeout=200):
-        outcomes = Processes(count, work).outcomes(count - killed, timeout)
+        outcomes = Processes(fork, count, work).outcomes(count - killed, timeout)
         assert all(error is not None for _, error in outcomes.values())
         return {rank: error for rank, (_, error) in outcomes.items()}
 

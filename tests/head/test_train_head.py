@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -53,22 +54,24 @@ sys.exit(main(["train-head", *sys.argv[1:]]))
 """
 
 
-def _in_a_process(config, *command):
-    """Starts a process of its own, not a fork: a fork of a process in which torch has run may never end."""
+def _written(config):
+    """The settings as a file."""
     settings = config.output_dir.with_suffix(".yaml")
     settings.write_text(yaml.safe_dump(flat_settings(config)))
-    command = command or ("identity_loss/train_projection_head.py",)
-    return subprocess.Popen(
-        [sys.executable, *command, "--config", str(settings)],
-        cwd=ROOT,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
+    return settings
+
+
+def _run_script(settings):
+    """The script that is started by its path, in a process of its own."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    sys.argv = ["train_projection_head.py", "--config", str(settings)]
+    runpy.run_path(str(ROOT / "identity_loss" / "train_projection_head.py"), run_name="__main__")
 
 
 def _wait_for_step(process, folder, step):
     deadline = time.monotonic() + 200
     while not (folder / "metrics.jsonl").is_file() or not any(r["step"] >= step for r in _rows(folder)):
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -103,14 +106,15 @@ def test_a_run_leaves_heads_metrics_pictures_and_settings(config, model_dir):
 
 
 @pytest.mark.parametrize(("cut", "accumulate"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
-def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, cut, accumulate):
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, fork, cut, accumulate):
     """With two data workers before the cut, and none after it and in the run that is never cut."""
     config = replace(config, total_steps=18, val_every=9, grad_accum=accumulate, augment_flip=0.5)
     whole = run(replace(config, output_dir=tmp_path / "whole"))
-    process = _in_a_process(replace(config, num_workers=2))
+    process = fork(_run_script, _written(replace(config, num_workers=2)))
     _wait_for_step(process, config.output_dir, 9)
-    process.send_signal(cut)
-    assert process.wait(200) == (-signal.SIGKILL if cut == signal.SIGKILL else 0)
+    os.kill(process.pid, cut)
+    process.join(200)
+    assert process.exitcode == (-signal.SIGKILL if cut == signal.SIGKILL else 0)
     reached = max(int(p.name.rsplit("-")[1]) for p in config.output_dir.glob("checkpoint-*"))
     assert 8 <= reached < 18
     resumed = run(replace(config, resume_from_checkpoint="latest"))
@@ -127,8 +131,11 @@ def test_two_processes_learn_what_one_learns_on_both_their_batches(config, tmp_p
     halves = replace(config, output_dir=tmp_path / "two", pk_identities=2)
     script = tmp_path / "checked.py"
     script.write_text(CHECKED)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
-    process = _in_a_process(halves, *torchrun)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    process = subprocess.Popen(
+        [*torchrun, "--config", str(_written(halves))],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
     try:
         assert process.wait(200) == 0
     finally:

@@ -118,6 +118,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "rollout_graphs": True,
         "student_graphs": True,
         "rollout_precision": "fp8",
+        "rollout_stride": 2,
         "id_decode_recompute": False,
     },
     "low_memory": {"weight_storage": "int8", "enable_gradient_checkpointing": "true", "id_decode_tile": 128},

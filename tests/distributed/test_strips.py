@@ -13,7 +13,7 @@ from vflora.models.video_vae import decode_frames
 
 
 def latents(*, long_side=-1, side=40):
-    size = (4, side) if long_side == -1 else (side, 4)
+    size = (2, side) if long_side == -1 else (side, 2)
     return torch.randn(2, 4, 2, *size, generator=torch.Generator().manual_seed(3))
 
 

@@ -4,9 +4,13 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from vflora.cli import parse
+from vflora.train import run
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,7 +55,7 @@ def start(command, **more):
     )
 
 
-def test_after_a_death_torchrun_starts_again_and_the_run_goes_on_to_the_same_end(flags, tmp_path, losses):
+def test_after_a_death_torchrun_starts_again_and_the_run_goes_on_to_the_same_end(flags, tmp_path, losses, launch):
     script = tmp_path / "killed_once.py"
     script.write_text(KILLED_ONCE)
     restarting = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=1", str(script), *flags]
@@ -60,9 +64,7 @@ def test_after_a_death_torchrun_starts_again_and_the_run_goes_on_to_the_same_end
     assert cut.returncode == 0, output[-9000:]
     assert "exitcode: -9" in output
     assert "local_rank: 1" in output, "who died is named"
-    whole = start(["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *flags])
-    output, _ = whole.communicate(timeout=400)
-    assert whole.returncode == 0, output[-9000:]
+    launch(2, partial(run, parse("train", flags)))
     assert losses(tmp_path / "cut") == losses(tmp_path / "run"), "to the last bit"
 
 

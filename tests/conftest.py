@@ -32,6 +32,11 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
+def pytest_collection_modifyitems(items):
+    """The long tests first: one that began last would leave the other cores without work."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def transformer():
     return small_transformer()

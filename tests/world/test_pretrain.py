@@ -9,7 +9,7 @@ from PIL import Image
 
 from vflora.cli import main
 from vflora.errors import UserError
-from vflora.models.identity import FrozenBackbone
+from vflora.models.identity import FrozenBackbone, IdentityEmbedder
 from vflora.sampling import generate_video
 from vflora.world.base_training import draw_sigmas
 from vflora.world.clip_pool import ClipPool
@@ -89,6 +89,18 @@ def test_the_dino_loads_as_any_other(world):
     backbone = FrozenBackbone.load(world / "dino")
     assert backbone.preprocessing.size == (32, 32)
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
+
+
+def test_the_head_is_one_that_training_takes(world):
+    embedder = IdentityEmbedder.load(world / "dino", world / "head", device=CPU, dtype=torch.float32)
+    vectors = embedder.embed(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32))
+    assert vectors.norm(dim=-1).tolist() == pytest.approx([1, 1])
+    assert (world / "head" / "identity_head.safetensors").is_file()
+
+
+def test_a_head_without_the_features_below_it_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no DINOv3 in .*train it first with --stage dino"):
+        run(config(tmp_path, stage="head"), SIZES)
 
 
 def test_gates_and_grids_are_written(world):

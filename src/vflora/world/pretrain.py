@@ -20,19 +20,21 @@ from vflora.world.characters import Domain, Split
 from vflora.world.dino_training import DinoTraining, train_dino
 from vflora.world.gates import gate_clips, motion_gate, sample_videos, save_grid, vae_gate
 from vflora.world.grader import GRADER_STEPS, save_grader, train_grader
+from vflora.world.head_training import HEAD_STEPS, train_world_head
 from vflora.world.models import WorldSizes
 from vflora.world.training_loop import Clock
 from vflora.world.vae_training import VaeTraining, make_fast, train_vae
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["vae", "dino", "base", "grader", "all"]
+Stage = Literal["vae", "dino", "head", "base", "grader", "all"]
 _STAGES: dict[Stage, tuple[Stage, ...]] = {
     "vae": ("vae",),
     "dino": ("dino",),
+    "head": ("head",),
     "base": ("base",),
     "grader": ("grader",),
-    "all": ("vae", "dino", "base", "grader"),
+    "all": ("vae", "dino", "head", "base", "grader"),
 }
 _GATE_SETS: tuple[tuple[Domain, Split], ...] = (("geometric", "dev"), ("creatures", "dev"))
 
@@ -44,10 +46,11 @@ class PretrainConfig:
     output: Path
     """Folder of the world: a diffusers pipeline, with DINOv3 in dino/ and the records of training in training/."""
     stage: Stage = "all"
-    """What to train: vae, dino, base (which needs the vae), grader (which needs nobody), or all in this order."""
+    """What to train: vae, dino, head (which needs dino), base (which needs vae), grader (which needs nobody), or all
+    in this order."""
     minutes: float = 7.0
-    """Time of each stage, preparations included; the learning rate follows it down to zero. The grader takes as long
-    as its 2,500 steps do."""
+    """Time of each stage, preparations included; the learning rate follows it down to zero. The head takes as long as
+    its 300 steps do, the grader as its 2,500."""
     resume: bool = False
     """Go on from the weights and the state in the output folder."""
     compile: bool = True
@@ -57,9 +60,9 @@ class PretrainConfig:
     seed: int = 0
     """Of everything that is random."""
     batch_size: int = 0
-    """Samples per step; 0 for the stage's own."""
+    """Samples per step, for head identities; 0 for the stage's own."""
     pool: int = 0
-    """Clips held in memory, or for dino stills per character; 0 for the stage's own."""
+    """Clips held in memory, for dino stills per character, for head creatures; 0 for the stage's own."""
     base_split: Literal["train", "general"] = "general"
     """Whom the base sees: train, the 48 geometric characters of true shape; general, those for a third of the clips
     and the 1,920 with the bent ones for the rest."""
@@ -120,6 +123,15 @@ def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:
                     stills_per_character=config.pool or settings.stills_per_character,
                 ),
                 **common,
+            )
+        elif stage == "head":
+            train_world_head(
+                config.output,
+                size=sizes.frame_size,
+                steps=config.max_steps or HEAD_STEPS,
+                creatures=config.pool,
+                identities=config.batch_size,
+                seed=config.seed,
             )
         elif stage == "grader":
             config.output.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,10 @@ from vflora.cli import parse
 from vflora.errors import UserError
 from vflora.world.ablation import ablate, arm
 from vflora.world.ablation.arms import ARMS
-from vflora.world.ablation.lab import LabConfig
+from vflora.world.ablation.lab import LabConfig, prepare
 from vflora.world.retrieval import make_lineup
 
-TINY = ["--steps", "1", "--batch_size", "2", "--characters", "4", "--pictures", "8", "--head_steps", "1"]
+TINY = ["--steps", "1", "--batch_size", "2", "--characters", "4", "--pictures", "8"]
 TINY += ["--exam_clips", "2", "--sampling_steps", "2", "--device", "cpu"]
 
 
@@ -66,11 +66,17 @@ def test_a_file_of_flags_changes_the_recipe_of_every_arm(tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "sentence"),
-    [({"characters": 3}, "use 4 to 384"), ({"pictures": 2}, "use 8 or more"), ({"steps": 0}, "at least 1")],
+    [({"characters": 3}, "use 4 to 384"), ({"pictures": 1}, "use 2 or more"), ({"steps": 0}, "at least 1")],
 )
 def test_a_lab_that_cannot_work_is_refused(changed, sentence):
     with pytest.raises(UserError, match=sentence):
         replace(LabConfig(), **changed)
+
+
+def test_a_world_without_a_head_is_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(UserError, match="no identity head in .*vflora world pretrain --stage head"):
+        prepare(LabConfig(output=tmp_path / "lab", world=tmp_path))
+    assert not (tmp_path / "lab").exists()
 
 
 def test_an_unknown_arm_is_refused_with_the_names_of_all():

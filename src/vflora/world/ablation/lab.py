@@ -1,4 +1,4 @@
-"""What all arms of an ablation share: settings, pictures, data sets and the identity head."""
+"""What all arms of an ablation share: settings, pictures, data sets and line-ups."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import Literal
 
 import torch
 
-from vflora import train_head
 from vflora.atomic import write_folder
-from vflora.cli import parse
 from vflora.config import require
-from vflora.data import pack
 from vflora.devices import torch_device
 from vflora.world.characters import Domain
 from vflora.world.grader import load_grader
+from vflora.world.head_training import HEAD, pack_stills
 from vflora.world.retrieval import make_lineup
 from vflora.world.stills import write_still_folder
 
@@ -43,8 +41,6 @@ class LabConfig:
     """Samples per step of every arm."""
     learning_rate: float = 2e-3
     """Peak of every arm; so few steps need more than a long training would."""
-    head_steps: int = 300
-    """Steps of the identity head, which all arms share."""
     characters: int = 384
     """Creatures that are taught, of the split train."""
     pictures: int = 12
@@ -57,9 +53,9 @@ class LabConfig:
     """Where to compute: auto takes the accelerator if there is one, else the CPU."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "head_steps", "exam_clips", "sampling_steps"):
+        for name in ("steps", "batch_size", "exam_clips", "sampling_steps"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1.")
-        require(self.pictures >= 8, f"--pictures {self.pictures} are too few to teach the head: use 8 or more.")
+        require(self.pictures >= 2, f"--pictures {self.pictures} leaves none to hold back: use 2 or more.")
         require(4 <= self.characters <= 384, f"--characters {self.characters} is out of range: use 4 to 384.")
 
     def torch_device(self) -> torch.device:
@@ -91,23 +87,26 @@ class LabConfig:
 
     @property
     def head_folder(self) -> Path:
-        """Where the identity head is."""
-        return self.output / "shared" / "head"
+        """Where the identity head is, which all arms share."""
+        return self.world_folder / "head"
 
 
 def prepare(lab: LabConfig) -> None:
-    """Draws the pictures, packs them, trains the identity head, and lines everybody up for the grader: once.
+    """Draws the pictures, packs them, and lines everybody up for the grader: once.
 
     Raises:
-        UserError: for settings that the parts refuse.
+        UserError: for settings that the parts refuse, or a world without a head.
     """
+    require(
+        (lab.head_folder / HEAD).is_file(),
+        f"There is no identity head in {lab.head_folder}: train it with `vflora world pretrain --stage head`.",
+    )
     shared = lab.output / "shared"
     plain, mixed = shared / "pictures" / "plain", shared / "pictures" / "mixed"
     _once(plain.parent, lambda to: _draw(lab, to / plain.name, to / mixed.name))
-    _once(lab.data_root(mixed=False), lambda to: _pack(plain, to))
-    _once(lab.data_root(mixed=True), lambda to: _pack(mixed, to))
+    _once(lab.data_root(mixed=False), lambda to: pack_stills(plain, to))
+    _once(lab.data_root(mixed=True), lambda to: pack_stills(mixed, to))
     _once(lab.lineup_file("creatures").parent, lambda to: _line_up(lab, to))
-    _once(lab.head_folder, lambda to: _train_head(lab, to))
 
 
 def _once(target: Path, fill: Callable[[Path], object]) -> None:
@@ -131,17 +130,3 @@ def _line_up(lab: LabConfig, output: Path) -> None:
     grader = load_grader(lab.grader_file, device=lab.torch_device())
     for domain in DOMAINS:
         make_lineup(grader, domain=domain).save(output / lab.lineup_file(domain).name)
-
-
-def _pack(pictures: Path, output: Path) -> None:
-    flags = [str(pictures), "--output", str(output), "--metadata_key", "character", "--resolution", "64x64"]
-    pack.run(parse("data pack", [*flags, "--val_split", "0.2", "--image_format", "png"]))
-
-
-def _train_head(lab: LabConfig, output: Path) -> None:
-    flags = ["--model_dir", str(lab.world_folder / "dino"), "--wds_root", str(lab.data_root(mixed=False))]
-    flags += ["--output_dir", str(output), "--id_key", "identity_id", "--total_steps", str(lab.head_steps)]
-    flags += ["--val_every", str(lab.head_steps), "--pk_identities", str(min(32, lab.characters)), "--seed", "0"]
-    flags += ["--learning_rate", "1e-3", "--proj_dims", "128", "64", "--model_dtype", "fp32", "--num_workers", "0"]
-    flags += ["--pipeline_dir", str(lab.world_folder), "--augment_vae_side", "64", "--logger", "none"]
-    train_head.run(parse("train-head", flags))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 from vflora.cli import parse
 from vflora.errors import UserError
@@ -77,6 +78,17 @@ def test_a_world_without_a_head_is_refused_before_anything_is_drawn(tmp_path):
     with pytest.raises(UserError, match="no identity head in .*vflora world pretrain --stage head"):
         prepare(LabConfig(output=tmp_path / "lab", world=tmp_path))
     assert not (tmp_path / "lab").exists()
+
+
+def test_several_gpus_are_taken_in_turn_and_those_that_are_hidden_stay_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [ablate.environment(n, 1)["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [ablate.environment(n, 1)["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["5", "7", "5"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "CUDA_VISIBLE_DEVICES" not in ablate.environment(0, 1)
 
 
 def test_an_unknown_arm_is_refused_with_the_names_of_all():

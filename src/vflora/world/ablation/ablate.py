@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from tqdm import tqdm
 
@@ -36,7 +37,8 @@ class AblateConfig:
     seeds: int = 3
     """Runs of each arm."""
     jobs: int = 1
-    """Arms that run at the same time, each a process of its own; small models leave room for several on one GPU."""
+    """Arms that run at the same time, each a process of its own; small models leave room for several on one GPU, and
+    several GPUs are taken in turn."""
 
     def __post_init__(self) -> None:
         for arm in self.arms:
@@ -108,7 +110,7 @@ def _run_jobs(lab: LabConfig, jobs: list[tuple[str, int]], at_once: int) -> list
     cores = max(1, len(os.sched_getaffinity(0)) // at_once)
     failed = []
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), desc="arms", unit="arm") as bar:
-        running = {pool.submit(_run_job, lab, *job, cores): job for job in jobs}
+        running = {pool.submit(_run_job, lab, *job, environment(n, cores)): job for n, job in enumerate(jobs)}
         for done in as_completed(running):
             if done.result():
                 failed.append(running[done])
@@ -117,7 +119,17 @@ def _run_jobs(lab: LabConfig, jobs: list[tuple[str, int]], at_once: int) -> list
     return failed
 
 
-def _run_job(lab: LabConfig, arm: str, seed: int, cores: int) -> int:
+def environment(number: int, cores: int) -> dict[str, str]:
+    """Returns the environment of a job by its number: its share of the cores, and one of several GPUs in turn."""
+    own = {"OMP_NUM_THREADS": str(cores), **os.environ}
+    count = torch.cuda.device_count()
+    if count > 1:
+        visible = own.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        own["CUDA_VISIBLE_DEVICES"] = visible[number % count]
+    return own
+
+
+def _run_job(lab: LabConfig, arm: str, seed: int, own: dict[str, str]) -> int:
     folder = arm_folder(lab, arm, seed)
     folder.mkdir(parents=True, exist_ok=True)
     flags = [
@@ -125,6 +137,4 @@ def _run_job(lab: LabConfig, arm: str, seed: int, cores: int) -> int:
     ]
     command = [sys.executable, "-m", "vflora.cli", "world", "arm", "--arm", arm, "--seed", str(seed), *flags]
     with (folder / "log.txt").open("a") as log:
-        return subprocess.run(
-            command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": str(cores), **os.environ}, check=False
-        ).returncode
+        return subprocess.run(command, stdout=log, stderr=log, env=own, check=False).returncode

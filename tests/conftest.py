@@ -169,6 +169,7 @@ class ByValue:
 
 
 def _as_in_tests(log, work, *arguments):
+    multiprocessing.set_start_method(None, force=True)  # it starts its own processes as every program does
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("error")

@@ -34,9 +34,11 @@ def config(wds_root: Path) -> DataConfig:
 def load(config: DataConfig, count: int, *, seed: int = 1, rank: int = 0, start_batch: int = 0) -> list[Batch]:
     dataset = DataSet.open(config.wds_root, config.metadata_key, "train")
     loader = TrainLoader(dataset, config, seed=seed, rank=rank, start_batch=start_batch)
-    batches = list(islice(loader, count))
-    assert loader.position == start_batch + count
-    loader.close()
+    try:
+        batches = list(islice(loader, count))
+        assert loader.position == start_batch + count
+    finally:
+        loader.close()
     return batches
 
 

@@ -1,8 +1,9 @@
+import gc
 import json
 import os
 import runpy
 import signal
-import subprocess
+import socket
 import sys
 import time
 from dataclasses import fields, replace
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.nn.parallel import DistributedDataParallel
 
-from vflora.cli import parse
+from vflora.cli import main, parse
 from vflora.errors import NonFiniteError, UserError
 from vflora.models.identity import IdentityEmbedder
 from vflora.models.projection_head import load_head
@@ -36,24 +38,6 @@ def _weights(path):
     return torch.cat([p.flatten() for p in load_head(path).parameters()])
 
 
-# Ends a process that would leave its process group to the wrapper around the head, which can wait forever.
-CHECKED = """
-import gc, sys
-import torch.distributed
-from torch.nn.parallel import DistributedDataParallel
-from vflora.cli import main
-
-destroy = torch.distributed.destroy_process_group
-
-def checked(*arguments):
-    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
-    destroy(*arguments)
-
-torch.distributed.destroy_process_group = checked
-sys.exit(main(["train-head", *sys.argv[1:]]))
-"""
-
-
 def _written(config):
     """The settings as a file."""
     settings = config.output_dir.with_suffix(".yaml")
@@ -66,6 +50,21 @@ def _run_script(settings):
     os.environ["ACCELERATE_USE_CPU"] = "true"
     sys.argv = ["train_projection_head.py", "--config", str(settings)]
     runpy.run_path(str(ROOT / "identity_loss" / "train_projection_head.py"), run_name="__main__")
+
+
+def _run_checked(rank, port, settings):
+    """One of two processes as torchrun starts them; ends with an error where leaving the group could wait forever."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    destroy = torch.distributed.destroy_process_group
+
+    def checked(*arguments):
+        # The wrapper around the head would still hold the process group.
+        assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+        destroy(*arguments)
+
+    torch.distributed.destroy_process_group = checked
+    sys.exit(main(["train-head", "--config", str(settings)]))
 
 
 def _wait_for_step(process, folder, step):
@@ -126,20 +125,20 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, fork, cut,
     assert without_time == [{k: v for k, v in row.items() if "seconds" not in k} for row in _rows(whole)]
 
 
-def test_two_processes_learn_what_one_learns_on_both_their_batches(config, tmp_path):
+def test_two_processes_learn_what_one_learns_on_both_their_batches(config, tmp_path, fork):
     one = run(replace(config, output_dir=tmp_path / "one", pk_identities=4))
     halves = replace(config, output_dir=tmp_path / "two", pk_identities=2)
-    script = tmp_path / "checked.py"
-    script.write_text(CHECKED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    process = subprocess.Popen(
-        [*torchrun, "--config", str(_written(halves))],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [fork(_run_checked, rank, port, _written(halves), log=tmp_path / f"{rank}.log") for rank in (0, 1)]
     try:
-        assert process.wait(200) == 0
+        for rank, process in enumerate(processes):
+            process.join(200)
+            assert process.exitcode == 0, (tmp_path / f"{rank}.log").read_text()[-2000:]
     finally:
-        process.kill()
+        for process in processes:
+            process.kill()
     alone, together = ([row["loss"] for row in _rows(folder, "loss")] for folder in (one, tmp_path / "two"))
     assert together == pytest.approx(alone, rel=1e-4)
     head = "identity_head_last.safetensors"

@@ -193,6 +193,29 @@ def test_a_loss_that_is_not_a_number_stops_the_stage(tmp_path):
         stage.run()
 
 
+def test_matrices_that_go_to_muon_learn_and_its_state_is_not_taken_for_adamws(tmp_path):
+    module = torch.nn.Linear(4, 4)
+    before = module.weight.detach().clone()
+
+    def stage(**changes):
+        return StageRun(
+            "toy",
+            module,
+            lambda *_: (module(torch.eye(4)).square().mean(), {}),
+            LoopSettings(0.1, muon_lr=0.1, warmup_steps=1),
+            Clock(1),
+            tmp_path,
+            lambda _: None,
+            max_steps=2,
+            **changes,
+        )
+
+    stage(hidden=[module.weight]).run()
+    assert module.weight.norm() < before.norm()
+    with pytest.raises(UserError, match="toy-state.pt is of other optimizers: delete it"):
+        stage(resume=True).run()
+
+
 def test_noise_levels_are_spread_evenly_before_the_shift():
     sigmas = draw_sigmas(64, 3.0, torch.Generator().manual_seed(0))
     uniform = (sigmas / (3 - 2 * sigmas)).sort().values

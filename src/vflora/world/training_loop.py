@@ -19,6 +19,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vflora.errors import UserError
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -240,11 +242,16 @@ class StageRun:
         """Restores the state; returns the share of the schedule that is behind it.
 
         A stage that had reached its end is trained further: its schedule starts again.
+
+        Raises:
+            UserError: for a state that other optimizers left.
         """
         if not self.state_path.is_file():
             return 0.0
         device = self._parameters[0].device
         state = torch.load(self.state_path, map_location=device, weights_only=True)
+        if state["optimizers"].keys() != self._optimizers.keys():
+            raise UserError(f"{self.state_path} is of other optimizers: delete it, to go on from the weights alone.")
         self.module.load_state_dict(state["module"])
         self._ema.load_state_dict(state["ema"])
         self._ema.to(device)

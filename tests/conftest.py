@@ -126,8 +126,7 @@ def trained_run(make_train_flags, tmp_path_factory):
     """The folder of a real training of four steps, validated after the second and the last, with TensorBoard."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--enable_validation", "--val_num_samples", "2", "--val_video_length", "5", "--val_every_steps", "2"]
-    flags += ["--train_target_resolution", "64x64", "--logger", "tensorboard"]
-    train(parse("train", [*make_train_flags(folder), *flags]))
+    train(parse("train", [*make_train_flags(folder), *flags, "--logger", "tensorboard"]))
     return folder
 
 

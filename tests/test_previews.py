@@ -56,7 +56,7 @@ def test_every_preview_knows_whom_it_shows_and_how_that_scored(trained_run):
     for preview in find_previews(trained_run, 4):
         assert preview.sample.character in preview.sample.prompt
         frames, _ = read_mp4(preview.video)
-        assert frames.shape == (5, 64, 128, 3)
+        assert frames.shape == (5, 32, 64, 3)
         with Image.open(preview.picture) as picture:
             assert picture.size == (64, 64)
     means = next(row for row in metrics if row["step"] == 4 and "val/motion_ratio" in row)

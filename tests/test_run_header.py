@@ -32,7 +32,7 @@ def test_the_header_has_the_model_the_recipe_rank_alpha_characters_and_the_model
     assert header["modelspec.architecture"] == "hunyuan-video-1.5/lora"
     assert header["modelspec.implementation"] in ("diffusers", "https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5")
     assert header["modelspec.title"] == exported.parent.name
-    assert header["modelspec.resolution"] == "64x64"
+    assert header["modelspec.resolution"] == "32x32"
     assert "still images" in header["modelspec.description"]
     assert "Tencent Hunyuan Community License" in header["modelspec.license"]
     assert header["vflora.base_model"] == "pipeline"
@@ -53,7 +53,7 @@ def test_the_thumbnail_is_a_frame_of_the_newest_validation(exported):
     kind, _, data = header_of(exported)["modelspec.thumbnail"].partition(",")
     assert kind == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == (32, 32)
 
 
 def test_nothing_in_a_file_says_where_things_lie_on_this_machine(exported, trained_run):

@@ -46,7 +46,7 @@ def validate(folder, step):
     """Leaves the clips that a validation leaves."""
     samples = []
     for preview in find_previews(folder, 4):
-        video = torch.linspace(-1, 1, 9)[None, :, None, None].expand(3, 9, 64, 64)
+        video = torch.linspace(-1, 1, 9)[None, :, None, None].expand(3, 9, 32, 32)
         picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
         write_preview(step_folder(folder, step), preview.sample.name, picture, video, -video)
         samples.append(PreviewSample(preview.sample.name, "purple newt", "a purple newt hops"))
@@ -61,7 +61,7 @@ def test_it_shows_numbers_clips_and_pictures_asks_nobody_else_and_complains_abou
     figures = browser.evaluate("document.querySelector('.figures').innerText")
     assert "of 100" in figures
     assert f"{100 * ratio:.0f} %" in figures
-    assert browser.evaluate(f"{PLAYING}.map(v => [v.videoWidth, v.videoHeight, v.error])") == [[128, 64, None]] * 2
+    assert browser.evaluate(f"{PLAYING}.map(v => [v.videoWidth, v.videoHeight, v.error])") == [[64, 32, None]] * 2
     assert browser.evaluate("[...document.images].map(i => i.naturalWidth)") == [64, 64]
     captions = browser.evaluate("[...document.querySelectorAll('.plots b')].map(b => b.textContent)")
     for plot in ("Distillation loss.", "Identity loss.", "Motion ratio.", "Teacher deviation."):

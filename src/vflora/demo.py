@@ -42,7 +42,7 @@ class DemoConfig:
     """Creatures to teach."""
     head_steps: int = 0
     """Steps of an identity head of the demo's own; 0 takes the one that ships, which has met 384 creatures."""
-    train_steps: int = 80
+    train_steps: int = 100
     """Steps of the LoRA."""
     rows: int = 6
     """Creatures in the report."""
@@ -106,7 +106,7 @@ def run(config: DemoConfig) -> Path:
     flags += ["--output_dir", str(here / "lora"), "--train_target_resolution", "64x64", "--dtype", "fp32"]
     flags += ["--num_inference_steps", "12", "--max_train_steps", str(config.train_steps), "--warmup_steps", "5"]
     # So few steps need a rate that a long training would not survive.
-    flags += ["--learning_rate", "4e-3", "--lambda_id", "1.5", "--p_secondary", "0.5", "--num_workers", "0"]
+    flags += ["--learning_rate", "2.5e-3", "--lambda_id", "2.0", "--p_secondary", "0.5", "--num_workers", "0"]
     flags += ["--seed", str(config.seed)]
     checkpoint = train.run(parse("train", flags))
 

@@ -14,9 +14,12 @@ import os, pathlib, sys
 from vflora.folder_lock import held
 folder, rank, size = sys.argv[1:]
 with held(pathlib.Path(folder), "--output_dir", rank=int(rank), size=int(size)):
+    lives, says_so = os.pipe()
     if not os.fork():  # as the workers that read pictures, which end a while after a trainer that is killed
+        os.write(says_so, b"!")
         sys.stdin.read()
         os._exit(0)
+    os.read(lives, 1)
     print("held", flush=True)
     sys.stdin.read()
 """

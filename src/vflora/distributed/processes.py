@@ -163,6 +163,8 @@ class World:
         """Returns the same processes, so many of them to a sample; all of them call it together."""
         shape = (self.size // sp_size, 1, sp_size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ring", "ulysses"))
+        # Who is refused next leaves, and with it the store; whoever still met the others there would wait for ever.
+        self.agree(False)
         return replace(self, sp_size=sp_size, mesh=mesh)
 
     def aside(self) -> Self:

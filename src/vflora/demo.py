@@ -27,8 +27,9 @@ _PICTURES = 12
 _NOTICE = (
     "A demonstration on small models: the classes of HunyuanVideo-1.5 and DINOv3 with 14, 4 and 1 million parameters, "
     "trained in a miniature world of 64 x 64 pixels. Drift and its cure are real here; their size says nothing about "
-    "the full model. Identity is graded by a network that took no part in the training of base, head or LoRA. Shown "
-    "are the characters that the LoRA was taught, on pictures that it was not."
+    "the full model. The identity head ships with the project and has met 384 creatures in stills, these among them. "
+    "Identity is graded by a network that took no part in the training of base, head or LoRA. Shown are the characters "
+    "that the LoRA was taught, on pictures that it was not."
 )
 
 

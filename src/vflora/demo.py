@@ -27,9 +27,8 @@ _PICTURES = 12
 _NOTICE = (
     "A demonstration on small models: the classes of HunyuanVideo-1.5 and DINOv3 with 14, 4 and 1 million parameters, "
     "trained in a miniature world of 64 x 64 pixels. Drift and its cure are real here; their size says nothing about "
-    "the full model. {head}. "
-    "Identity is graded by a network that took no part in the training of base, head or LoRA. Shown are the characters "
-    "that the LoRA was taught, on pictures that it was not."
+    "the full model. The identity head has met {known}. Identity is graded by a network that took no part in the "
+    "training of base, head or LoRA. Shown are the characters that the LoRA was taught, on pictures that it was not."
 )
 
 
@@ -120,12 +119,8 @@ def run(config: DemoConfig) -> Path:
     flags += ["--output_dir", str(here / "comparison"), "--prompt_bank", bank, "--max_rows", str(config.rows)]
     flags += ["--lora_scales", "0.5", "1.0", "--video_length", "17", "--num_inference_steps", "20", "--fps", "8"]
     flags += ["--dtype", "fp32", "--title", "Video-Free LoRA: the demo"]
-    met = (
-        "has met 384 creatures in stills, these among them"
-        if config.head_steps == 0
-        else "has met these creatures alone"
-    )
-    flags += ["--notice", _NOTICE.format(head=f"The identity head {met}")]
+    known = "these creatures alone" if config.head_steps else "384 creatures in stills, these among them"
+    flags += ["--notice", _NOTICE.format(known=known)]
     flags += ["--dino_model_dir", f"{world}/dino", "--dino_head_path", head]
     compare.run(parse("compare", flags), judge=WorldJudge(world_folder() / "grader.safetensors"))
     report = here / "report.html"

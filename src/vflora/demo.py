@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from vflora import compare, export, train, train_head
+from vflora import compare, export, train
 from vflora.cli import parse
-from vflora.data import pack
 from vflora.errors import UserError
 from vflora.world.grader import load_grader
+from vflora.world.head_training import fit_head, pack_stills
 from vflora.world.stills import write_still_folder
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,7 @@ def run(config: DemoConfig) -> Path:
     write_still_folder(here / "references", per_character=1, seed=config.seed + 1, **creatures)
 
     _announce("2/6", "packing them into a data set")
-    flags = [str(here / "pictures"), "--output", str(here / "data"), "--metadata_key", "character"]
-    pack.run(parse("data pack", [*flags, "--resolution", "64x64", "--val_split", "0.2", "--image_format", "png"]))
+    pack_stills(here / "pictures", here / "data")
 
     head = _head(config, world)
 
@@ -142,11 +141,7 @@ def _head(config: DemoConfig, world: str) -> str:
         return f"{world}/head"
     _announce("3/6", "training the identity head")
     data, head = config.output / "data", config.output / "head"
-    flags = ["--model_dir", f"{world}/dino", "--wds_root", str(data), "--output_dir", str(head)]
-    flags += ["--id_key", "identity_id", "--pk_identities", "4", "--total_steps", str(config.head_steps)]
-    flags += ["--val_every", str(config.head_steps), "--learning_rate", "1e-3", "--model_dtype", "fp32"]
-    flags += ["--proj_dims", "128", "64", "--num_workers", "0", "--seed", str(config.seed)]
-    train_head.run(parse("train-head", flags))
+    fit_head(Path(world) / "dino", data, head, steps=config.head_steps, identities=4, seed=config.seed)
     return str(head)
 
 

@@ -39,7 +39,7 @@ class BaseTraining:
         blank_every: every so many steps the whole batch has no prompt.
         splits: which geometric characters the clips show, in equal parts. With the 48 of true shape alone the model
             learns them by heart and turns every stranger into one of them at once; bent ones make it look at the
-            first frame. With bent ones alone (the true ones among them, one clip in forty) those look worse.
+            first frame. Without a share of their own, the true ones would be one clip in forty.
         loop: optimisation.
     """
 

@@ -16,9 +16,9 @@ from vflora.atomic import write_folder
 from vflora.cli import parse
 from vflora.data import pack
 from vflora.errors import UserError
+from vflora.head.checkpoint import HEAD_FILE
 from vflora.world.stills import write_still_folder
 
-HEAD = "identity_head.safetensors"
 HEAD_STEPS = 300
 _CREATURES, _IDENTITIES, _PICTURES = 384, 48, 12
 
@@ -55,12 +55,17 @@ def train_world_head(
             limit=creatures,
         )
         pack_stills(pictures, data, size=size)
-        flags = ["--model_dir", str(dino), "--wds_root", str(data), "--output_dir", str(run), "--num_workers", "0"]
-        flags += ["--id_key", "identity_id", "--pk_identities", str(min(identities or _IDENTITIES, creatures))]
-        flags += ["--total_steps", str(steps), "--val_every", str(steps), "--learning_rate", "1e-3"]
-        flags += ["--proj_dims", "128", "64", "--model_dtype", "fp32", "--logger", "none", "--seed", str(seed)]
-        train_head.run(parse("train-head", flags))
-        write_folder(folder / "head", lambda head: shutil.copyfile(run / HEAD, head / HEAD) and None)
+        fit_head(dino, data, run, steps=steps, identities=min(identities or _IDENTITIES, creatures), seed=seed)
+        write_folder(folder / "head", lambda head: shutil.copyfile(run / HEAD_FILE, head / HEAD_FILE) and None)
+
+
+def fit_head(dino: Path, data: Path, output: Path, *, steps: int, identities: int, seed: int) -> None:
+    """Trains a head on packed stills with `vflora train-head`, so many identities a step."""
+    flags = ["--model_dir", str(dino), "--wds_root", str(data), "--output_dir", str(output), "--num_workers", "0"]
+    flags += ["--id_key", "identity_id", "--pk_identities", str(identities), "--total_steps", str(steps)]
+    flags += ["--val_every", str(steps), "--learning_rate", "1e-3", "--proj_dims", "128", "64"]
+    flags += ["--model_dtype", "fp32", "--seed", str(seed)]
+    train_head.run(parse("train-head", flags))
 
 
 def pack_stills(pictures: Path, output: Path, *, size: int = 64) -> None:

@@ -14,9 +14,10 @@ import torch
 from vflora.atomic import write_folder
 from vflora.config import require
 from vflora.devices import torch_device
+from vflora.head.checkpoint import HEAD_FILE
 from vflora.world.characters import Domain
 from vflora.world.grader import load_grader
-from vflora.world.head_training import HEAD, pack_stills
+from vflora.world.head_training import pack_stills
 from vflora.world.retrieval import make_lineup
 from vflora.world.stills import write_still_folder
 
@@ -98,7 +99,7 @@ def prepare(lab: LabConfig) -> None:
         UserError: for settings that the parts refuse, or a world without a head.
     """
     require(
-        (lab.head_folder / HEAD).is_file(),
+        (lab.head_folder / HEAD_FILE).is_file(),
         f"There is no identity head in {lab.head_folder}: train it with `vflora world pretrain --stage head`.",
     )
     shared = lab.output / "shared"

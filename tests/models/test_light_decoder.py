@@ -103,12 +103,13 @@ def test_frames_stay_the_same_while_layers_are_offloaded_one_by_one(stock, light
                               tile_latent_min_height=2, tile_latent_min_width=2)  # fmt: skip
     vae.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     ran = []
-    for module in vae.decoder.modules():
+    owners = {module for module in vae.decoder.modules() if module._parameters}
+    for module in owners:
         if isinstance(module, torch.nn.Conv3d):
             registry = module._diffusers_hook
             assert registry.get_hook("group_offloading") is not None
-            module.register_forward_hook(lambda m, *_: ran.append(m))
+        module.register_forward_hook(lambda m, *_: ran.append(m))
     with torch.no_grad():
         frames = vae.decode(latents(t=3)).sample
         assert torch.equal(frames, light.decode(latents(t=3)).sample)
-    assert set(ran) == {m for m in vae.decoder.modules() if isinstance(m, torch.nn.Conv3d)}, "weights come by a hook"
+    assert set(ran) == owners, "weights come by the hook of the module that is called"

@@ -49,8 +49,20 @@ def lighten_decoder(vae: AutoencoderKLHunyuanVideo15, *, compiled: bool = False)
             module.__class__ = swaps[type(module)]
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-        if isinstance(module, HunyuanVideo15RMS_norm):
-            module.compiled = compiled  # pyright: ignore[reportArgumentType]
+        for norm in module.children() if isinstance(module, LightResnet | LightDecoder) else ():
+            if isinstance(norm, HunyuanVideo15RMS_norm):
+                norm.__class__ = LightNorm
+                norm.compiled = compiled  # pyright: ignore[reportArgumentType]
+
+
+class LightNorm(HunyuanVideo15RMS_norm):
+    """A normalisation and the activation behind it, in one pass."""
+
+    compiled: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, C, T, H, W] to silu(norm(x)), of the same shape."""
+        return _by_chunks(_norm_silu, self, x)
 
 
 class LightResnet(HunyuanVideo15ResnetBlock):
@@ -92,7 +104,7 @@ class LightDecoder(HunyuanVideo15Decoder3D):
         return normed_conv(x, self.norm_out, self.conv_out)
 
 
-def normed_conv(x: Tensor, norm: HunyuanVideo15RMS_norm, conv: HunyuanVideo15CausalConv3d) -> Tensor:
+def normed_conv(x: Tensor, norm: LightNorm, conv: HunyuanVideo15CausalConv3d) -> Tensor:
     """Returns conv(silu(norm(x))), keeping x alone for the backward pass."""
     return cast(Tensor, _NormedConv.apply(x, norm, _require_frozen(conv.conv)))
 
@@ -116,10 +128,10 @@ class _PaddedConv(torch.autograd.Function):
 
 class _NormedConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, norm: HunyuanVideo15RMS_norm, conv: nn.Conv3d) -> Tensor:
+    def forward(ctx, x: Tensor, norm: LightNorm, conv: nn.Conv3d) -> Tensor:
         ctx.save_for_backward(x)
         ctx.norm, ctx.conv = norm, conv
-        return conv(_padded(_by_chunks(_norm_silu, norm, x)))
+        return conv(_padded(norm(x)))  # modules both, for the same reason
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -148,7 +160,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _by_chunks(function: Callable[..., Tensor], norm: HunyuanVideo15RMS_norm, *tensors: Tensor) -> Tensor:
+def _by_chunks(function: Callable[..., Tensor], norm: LightNorm, *tensors: Tensor) -> Tensor:
     """Calls `function(gamma, *tensors)`: compiled and whole, or a few frames at a time."""
     tensors = tuple(tensor.detach() for tensor in tensors)  # compiled code is specialised on requires_grad
     x, gamma = tensors[0], _wide(norm.gamma.detach())

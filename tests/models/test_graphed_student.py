@@ -33,7 +33,8 @@ def learn(student, denoiser, conditions, seeds, device="cpu"):
     """Two passes whose gradients add up, as in a step."""
     velocities = []
     for seed in seeds:
-        velocities.append(student.velocity(latents(seed).to(device), 0.1 * seed + 0.3, conditions))
+        x = latents(seed).expand(len(conditions), -1, -1, -1, -1).to(device)
+        velocities.append(student.velocity(x, 0.1 * seed + 0.3, conditions))
         velocities[-1].square().sum().backward()
     gradients = {name: p.grad for name, p in denoiser.lora_parameters().items()}
     for parameter in denoiser.lora_parameters().values():
@@ -52,17 +53,19 @@ class NothingFromMainMemory(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("lengths", [(7,), (7, 9)])
 @pytest.mark.parametrize("recompute", ["true", "false"])
-def test_a_pass_waits_for_nothing_and_brings_nothing_from_main_memory(recompute, make_conditions):
+def test_a_pass_waits_for_nothing_and_brings_nothing_from_main_memory(recompute, lengths, make_conditions):
     # On the meta device whatever asks for a value fails, and the mode sees what comes from elsewhere.
     denoiser, _ = make("meta", recompute)
-    inputs = FixedInputs.like(latents(0).to("meta"), 0.5, make_conditions().to("meta"), 0.4)
+    batch = latents(0).expand(len(lengths), -1, -1, -1, -1).to("meta")
+    inputs = FixedInputs.like(batch, 0.5, make_conditions(lengths).to("meta"), 0.4)
     with NothingFromMainMemory():
-        velocity = denoiser.velocity(inputs.latents, inputs.sigma, inputs.conditions, next_sigma=inputs.next_sigma)
+        velocity = inputs.velocity(denoiser)
         assert velocity.shape == inputs.latents.shape
         torch.autograd.grad(velocity, list(denoiser.lora_parameters().values()), velocity, allow_unused=True)
         with denoiser.teacher():
-            denoiser.velocity(inputs.latents, 0.5, inputs.conditions)
+            inputs.velocity(denoiser)
 
 
 def test_without_cuda_it_is_the_denoiser(make_conditions):
@@ -119,6 +122,17 @@ def test_calls_of_other_shapes_are_other_recordings(make_conditions):
         for next_sigma in (None, 0.1, 0.2)
     }
     assert len(keys) == 4
+    masked, other, full = (shapes(latents(0), make_conditions(n), None) for n in ((7, 9), (9, 8), (9, 9)))
+    assert masked == other != full, "which tokens count is an input, whether all do is not"
+
+
+def test_fixed_inputs_take_the_lengths_of_another_batch(make_conditions):
+    denoiser, _ = make()
+    batch = latents(0).expand(2, -1, -1, -1, -1)
+    inputs = FixedInputs.like(batch, 0.5, make_conditions((9, 8)), None)
+    inputs.load(batch, 0.5, make_conditions((4, 9)), None)
+    with torch.no_grad():
+        assert torch.equal(inputs.velocity(denoiser), denoiser.velocity(batch, 0.5, make_conditions((4, 9))))
 
 
 def test_the_second_call_is_recorded_and_the_oldest_recording_goes_first():
@@ -146,8 +160,8 @@ def test_replayed_velocities_and_gradients_are_the_denoisers(kept, make_conditio
     denoiser, blocks = make("cuda", "true", kept)
     student = GraphedStudent(denoiser, blocks)
     for _ in range(3):
-        for length in (7, 9):
-            conditions = make_conditions((length,)).to("cuda")
+        for lengths in ((7,), (9,), (7, 9), (9, 8)):
+            conditions = make_conditions(lengths).to("cuda")
             plain, wanted = learn(denoiser, denoiser, conditions, (1, 2), "cuda")
             expected = [velocity.detach() for velocity in plain]
             del plain  # who steps aside from the student's stream must be gone before it records
@@ -157,4 +171,4 @@ def test_replayed_velocities_and_gradients_are_the_denoisers(kept, make_conditio
             assert all(torch.equal(a, b) for a, b in zip(velocities, expected, strict=True))
             assert all(torch.allclose(gradients[n], wanted[n], rtol=1e-4, atol=1e-6) for n in wanted)
             del velocities  # the other way round: the plain passes of the next turn
-    assert len(student.recordings) == 2
+    assert len(student.recordings) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
@@ -13,6 +14,8 @@ from torch import Tensor
 from vflora.flow import TIMESTEPS_PER_UNIT
 from vflora.models.dense_attention import make_dense
 from vflora.types import Conditions
+
+TextMasks: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 class Denoiser:
@@ -40,6 +43,7 @@ class Denoiser:
         conditions: Conditions,
         *,
         next_sigma: float | Tensor | None = None,
+        masks: TextMasks | None = None,
     ) -> Tensor:
         """Predicts noise - clean.
 
@@ -48,6 +52,8 @@ class Denoiser:
             sigma: noise level, one for all or [B].
             conditions: of the same B samples, on the same device.
             next_sigma: noise level after this step, which MeanFlow (step-distilled) checkpoints are told.
+            masks: what `text_masks` makes of the conditions, which it does by a copy from main memory; CUDA graphs
+                cannot replay that and bring their own.
 
         Returns:
             The velocity [B, C, T, H, W], fp32.
@@ -60,14 +66,15 @@ class Denoiser:
             raise ValueError(f"{batch} latents, but conditions of {len(conditions)} samples")
         meanflow = self.transformer.config.use_meanflow
         following = 0.0 if next_sigma is None else next_sigma
+        prompt_mask, quoted_mask = text_masks(conditions) if masks is None else masks
         (prediction,) = self.transformer(
             hidden_states=self.model_input(latents, conditions),
             timestep=_timestep(sigma, batch, latents.device),
             timestep_r=_timestep(following, batch, latents.device) if meanflow else None,
             encoder_hidden_states=conditions.prompt_embeds.to(self.dtype),
-            encoder_attention_mask=_mask(conditions.prompt_embeds, conditions.prompt_lengths),
+            encoder_attention_mask=prompt_mask,
             encoder_hidden_states_2=conditions.prompt_embeds_2.to(self.dtype),
-            encoder_attention_mask_2=_mask(conditions.prompt_embeds_2, conditions.prompt_lengths_2),
+            encoder_attention_mask_2=quoted_mask,
             image_embeds=conditions.image_embeds.to(self.dtype),
             return_dict=False,
         )
@@ -110,9 +117,33 @@ def _timestep(sigma: float | Tensor, batch: int, device: torch.device) -> Tensor
     return (sigma.to(device, torch.float32) * TIMESTEPS_PER_UNIT).expand(batch)
 
 
+def text_masks(conditions: Conditions) -> TextMasks:
+    """Returns which tokens of the prompts and of the quoted texts are valid.
+
+    Returns:
+        Bool [B, N] and [B, N2] on the device of the conditions, each None where every token is valid.
+    """
+    return (
+        _mask(conditions.prompt_embeds, conditions.prompt_lengths),
+        _mask(conditions.prompt_embeds_2, conditions.prompt_lengths_2),
+    )
+
+
+def need_masks(conditions: Conditions) -> tuple[bool, bool]:
+    """Returns whether prompts, and whether quoted texts, have tokens that are not valid."""
+    return (
+        _is_padded(conditions.prompt_embeds, conditions.prompt_lengths),
+        _is_padded(conditions.prompt_embeds_2, conditions.prompt_lengths_2),
+    )
+
+
+def _is_padded(text: Tensor, lengths: tuple[int, ...]) -> bool:
+    return any(length != text.shape[1] for length in lengths)
+
+
 def _mask(text: Tensor, lengths: tuple[int, ...]) -> Tensor | None:
-    """Bool [B, N], or None where every token is valid."""
-    longest = text.shape[1]
-    if all(length == longest for length in lengths):
+    if not _is_padded(text, lengths):
         return None
-    return torch.arange(longest, device=text.device) < torch.tensor(lengths, device=text.device)[:, None]
+    # Page-locked, so that the processor need not wait for the copy.
+    known = torch.tensor(lengths, pin_memory=text.is_cuda).to(text.device, non_blocking=True)
+    return torch.arange(text.shape[1], device=text.device) < known[:, None]

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from vflora.models.denoiser import Denoiser
 from vflora.models.recompute import BlockRecompute
-from vflora.models.replay import FixedInputs, Recorder, Recordings, is_ragged, shapes
+from vflora.models.replay import FixedInputs, Recorder, Recordings, shapes
 from vflora.types import Conditions
 
 
@@ -80,7 +80,7 @@ class GraphedStudent:
         next_sigma: float | Tensor | None = None,
     ) -> Tensor:
         """Returns the velocity [B, C, T, H, W], fp32; arguments as for `Denoiser.velocity`."""
-        can_record = latents.is_cuda and torch.is_grad_enabled() and not is_ragged(conditions)
+        can_record = latents.is_cuda and torch.is_grad_enabled()
         told = isinstance(sigma, Tensor) or isinstance(next_sigma, Tensor)  # levels of single samples
         if told or not can_record or not self._recompute.is_settled:
             return self._denoiser.velocity(latents, sigma, conditions, next_sigma=next_sigma)
@@ -101,9 +101,7 @@ class GraphedStudent:
         self._gradients = self._gradients or FixedGradients(self._parameters)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self._recorder.recording(forward):
-            velocity = self._denoiser.velocity(
-                inputs.latents, inputs.sigma, inputs.conditions, next_sigma=inputs.next_sigma
-            )
+            velocity = inputs.velocity(self._denoiser)
         wanted = torch.zeros_like(velocity)
         with self._recorder.recording(backward):
             found = torch.autograd.grad(velocity, self._parameters, wanted, allow_unused=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vflora.models.denoiser import Denoiser
 from vflora.models.precision import Fp8Switch
-from vflora.models.replay import FixedInputs, Recorder, Recordings, is_ragged, shapes
+from vflora.models.replay import FixedInputs, Recorder, Recordings, shapes
 from vflora.types import Conditions
 
 
@@ -28,8 +28,7 @@ class GraphedTeacher:
     """Stands in for the denoiser where rollouts are made, with bit-identical velocities.
 
     The first call with inputs of a new shape is a plain one, which compiles what is to be compiled; the second is
-    recorded; later ones replay. Texts of unequal length in a batch need a mask, which is made on the CPU: those, and
-    whatever does not run on CUDA, always go the plain way.
+    recorded; later ones replay. What does not run on CUDA always goes the plain way.
     """
 
     def __init__(self, denoiser: Denoiser, switch: Fp8Switch):
@@ -47,7 +46,7 @@ class GraphedTeacher:
     ) -> Tensor:
         """Returns the velocity [B, C, T, H, W], fp32; arguments as for `Denoiser.velocity`."""
         recorded = None
-        if latents.is_cuda and not torch.is_grad_enabled() and not is_ragged(conditions):
+        if latents.is_cuda and not torch.is_grad_enabled():
             recorded = self.recordings.find(
                 (shapes(latents, conditions, next_sigma), self._switch.on),
                 lambda: self._record(FixedInputs.like(latents, sigma, conditions, next_sigma)),
@@ -61,7 +60,5 @@ class GraphedTeacher:
     def _record(self, inputs: FixedInputs) -> _Recorded:
         graph = torch.cuda.CUDAGraph()
         with self._recorder.recording(graph):
-            velocity = self._denoiser.velocity(
-                inputs.latents, inputs.sigma, inputs.conditions, next_sigma=inputs.next_sigma
-            )
+            velocity = inputs.velocity(self._denoiser)
         return _Recorded(graph, inputs, velocity)

@@ -12,6 +12,8 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vflora.devices import available_memory
+
 logger = logging.getLogger(__name__)
 
 Recompute = Literal["auto", "true", "false"]
@@ -80,9 +82,7 @@ class BlockRecompute:
         self._undecided = False
         if self._block_bytes == 0:
             return
-        free, _ = torch.cuda.mem_get_info()
-        ours = free + torch.cuda.memory_reserved()
-        spare = ours * (1 - _MARGIN) - torch.cuda.max_memory_allocated() - _graph_bytes()
+        spare = available_memory() * (1 - _MARGIN) - torch.cuda.max_memory_allocated() - _graph_bytes()
         self.kept = least(max(0, min(len(self._order), 1 + int(spare / self._block_bytes))))
         logger.info(
             "gradient checkpointing: %d of %d blocks keep their activations (%.2f GiB a block, %.1f GiB were free)",

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from vflora.models.denoiser import Denoiser, TextMasks, need_masks, text_masks
 from vflora.types import Conditions
 
 KEPT = 64
@@ -25,13 +26,15 @@ class FixedInputs:
         latents: [B, C, T, H, W], fp32.
         sigma: [B], fp32.
         next_sigma: [B], fp32, or None.
-        conditions: of the B samples.
+        conditions: of the B samples; of the lengths of their texts only `masks` counts.
+        masks: of the texts, see `text_masks`.
     """
 
     latents: Tensor
     sigma: Tensor
     next_sigma: Tensor | None
     conditions: Conditions
+    masks: TextMasks
 
     @classmethod
     def like(cls, latents: Tensor, sigma: float, conditions: Conditions, next_sigma: float | None) -> FixedInputs:
@@ -40,7 +43,7 @@ class FixedInputs:
         named = {field.name: getattr(conditions, field.name) for field in fields(conditions)}
         own = replace(conditions, **{name: v.clone() for name, v in named.items() if isinstance(v, Tensor)})
         following = None if next_sigma is None else torch.full_like(level, next_sigma)
-        return cls(latents.clone(), level, following, own)
+        return cls(latents.clone(), level, following, own, text_masks(conditions))
 
     def load(self, latents: Tensor, sigma: float, conditions: Conditions, next_sigma: float | None) -> None:
         """Overwrites them with those of another call of the same shapes."""
@@ -50,16 +53,21 @@ class FixedInputs:
             self.next_sigma.fill_(next_sigma or 0.0)
         for target, source in zip(_tensors(self.conditions), _tensors(conditions), strict=True):
             target.copy_(source)
+        for target, source in zip(self.masks, text_masks(conditions), strict=True):
+            if target is not None and source is not None:
+                target.copy_(source)
+
+    def velocity(self, denoiser: Denoiser) -> Tensor:
+        """Returns the velocity that `denoiser` predicts for them, [B, C, T, H, W]."""
+        return denoiser.velocity(
+            self.latents, self.sigma, self.conditions, next_sigma=self.next_sigma, masks=self.masks
+        )
 
 
 def shapes(latents: Tensor, conditions: Conditions, next_sigma: float | None) -> tuple[Hashable, ...]:
-    """Returns what calls that one graph can serve have in common."""
-    return (*(tuple(tensor.shape) for tensor in (latents, *_tensors(conditions))), next_sigma is None)
-
-
-def is_ragged(conditions: Conditions) -> bool:
-    """Whether texts differ in length within the batch; their mask is made on the CPU, which a graph cannot replay."""
-    return len(set(conditions.prompt_lengths)) > 1 or len(set(conditions.prompt_lengths_2)) > 1
+    """Returns what calls that one graph can serve have in common: shapes, and which texts need a mask."""
+    of_tensors = (tuple(tensor.shape) for tensor in (latents, *_tensors(conditions)))
+    return (*of_tensors, next_sigma is None, *need_masks(conditions))
 
 
 def _tensors(conditions: Conditions) -> list[Tensor]:

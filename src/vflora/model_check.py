@@ -56,6 +56,8 @@ def check_pipeline(pipeline_dir: str, version: str) -> str:
         raise UserError(f"there is nothing at {pipeline_dir}: {_ADVICE}.")
     cached = try_to_load_from_cache(pipeline_dir, "model_index.json")
     if not isinstance(cached, str):
+        if folder.parent.is_dir():  # a folder that is misspelled or not downloaded yet; no run would fetch it
+            raise UserError(f"there is nothing at {pipeline_dir}: {_ADVICE}.")
         raise UserError(f"{pipeline_dir} is not on this machine yet: {_ADVICE}, and a run would fetch it too.")
     return check_pipeline(str(Path(cached).parent), version)
 

@@ -68,6 +68,27 @@ def _size(value: int | Sequence[int] | dict[str, int]) -> tuple[int, int]:
     return height, width
 
 
+def require_backbone(folder: Path) -> None:
+    """Looks at the folder of a DINOv3, without loading it.
+
+    Raises:
+        UserError: if the folder is missing, incomplete, or another kind of model.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"There is no DINOv3 model in {folder}: accept its licence on its page and run "
+            f"`hf download {_EXAMPLE_MODEL} --local-dir {folder}`."
+        )
+    advice = f"finish the download with `hf download {_EXAMPLE_MODEL} --local-dir {folder}`"
+    kind = check_json(folder / "config.json", advice).get("model_type", "nameless")
+    if kind not in _KINDS:
+        raise UserError(
+            f"{folder} holds a {kind} model, not DINOv3: pass the folder of a DINOv3 ViT or "
+            f"ConvNeXt in the transformers layout, for example {_EXAMPLE_MODEL}."
+        )
+    check_weights(folder, advice)
+
+
 class FrozenBackbone(nn.Module):
     """DINOv3, ViT or ConvNeXt: always in eval mode (in train mode it shifts its position code at random)."""
 
@@ -87,19 +108,7 @@ class FrozenBackbone(nn.Module):
             UserError: if the folder is missing, incomplete, or another kind of model.
         """
         folder = Path(model_dir)
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"There is no DINOv3 model in {folder}: accept its licence on its page and run "
-                f"`hf download {_EXAMPLE_MODEL} --local-dir {folder}`."
-            )
-        advice = f"finish the download with `hf download {_EXAMPLE_MODEL} --local-dir {folder}`"
-        kind = check_json(folder / "config.json", advice).get("model_type", "nameless")
-        if kind not in _KINDS:
-            raise UserError(
-                f"{folder} holds a {kind} model, not DINOv3: pass the folder of a DINOv3 ViT or "
-                f"ConvNeXt in the transformers layout, for example {_EXAMPLE_MODEL}."
-            )
-        check_weights(folder, advice)
+        require_backbone(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
         return cls(model.to(device), Preprocessing.read(folder, config), folder.resolve().name)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import cast
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Transformer3DModel,
 )
-from huggingface_hub import hf_hub_download
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import hf_hub_download, snapshot_download
+from torch import nn
 
 from vflora.errors import UserError
 from vflora.model_check import check_json, check_weights
 from vflora.models.original_encoders import load_original_encoders
-from vflora.models.original_layout import Version, is_original_layout, load_original_transformer, load_original_vae
+from vflora.models.original_layout import Version, is_original_layout, load_original_vae, open_original_transformer
+from vflora.models.streamed_weights import WeightFiles, fill
 
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "tokenizer", "tokenizer_2", "feature_extractor")
 """Parts of a diffusers pipeline that turn prompts and pictures into conditions."""
@@ -73,20 +79,59 @@ def require_complete(pipeline_dir: str, *parts: str) -> None:
             check_weights(folder / part, advice)
 
 
-def load_transformer(
-    pipeline_dir: str, transformer_version: str, dtype: torch.dtype, device: torch.device | str
-) -> HunyuanVideo15Transformer3DModel:
-    """Loads the frozen transformer.
+def open_transformer(
+    pipeline_dir: str, transformer_version: str, dtype: torch.dtype
+) -> tuple[HunyuanVideo15Transformer3DModel, WeightFiles]:
+    """Builds the frozen transformer without memory, and finds its weights.
+
+    Returns:
+        The transformer on the meta device, and the files to fill it from.
 
     Raises:
         UserError: if the folder is missing or no pipeline.
     """
     check_pipeline_dir(pipeline_dir)
     if is_original_layout(pipeline_dir):
-        return load_original_transformer(pipeline_dir, transformer_version, dtype, device)
+        transformer, files = open_original_transformer(pipeline_dir, transformer_version)
+    else:
+        transformer, files = _open_diffusers_transformer(pipeline_dir)
+    nn.Module.to(transformer, dtype)
+    return transformer.requires_grad_(False).eval(), files
+
+
+def _open_diffusers_transformer(pipeline_dir: str) -> tuple[HunyuanVideo15Transformer3DModel, WeightFiles]:
     require_complete(pipeline_dir, "transformer")
-    transformer = HunyuanVideo15Transformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer", dtype=dtype)
-    return transformer.requires_grad_(False).eval().to(device)
+    root = pipeline_dir
+    if not Path(root).is_dir():
+        root = snapshot_download(pipeline_dir, allow_patterns=["transformer/*.json", "transformer/*.safetensors"])
+    home = Path(root) / "transformer"
+    config = HunyuanVideo15Transformer3DModel.load_config(home)
+    with init_empty_weights(include_buffers=False):
+        transformer = cast(HunyuanVideo15Transformer3DModel, HunyuanVideo15Transformer3DModel.from_config(config))
+    return transformer, WeightFiles(_weight_files(home), lambda key, value: {key: value})
+
+
+def _weight_files(home: Path) -> list[Path]:
+    """Returns the files that diffusers would read; others, of another precision perhaps, may lie beside them."""
+    index = home / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return [home / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not (home / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise UserError(f"{home / SAFETENSORS_WEIGHTS_NAME} is missing: give the weights this name.")
+    return [home / SAFETENSORS_WEIGHTS_NAME]
+
+
+def load_transformer(
+    pipeline_dir: str, transformer_version: str, dtype: torch.dtype, device: torch.device | str
+) -> HunyuanVideo15Transformer3DModel:
+    """Loads the frozen transformer.
+
+    Raises:
+        UserError: if the folder is missing or no pipeline, or its weights do not fit its configuration.
+    """
+    transformer, files = open_transformer(pipeline_dir, transformer_version, dtype)
+    fill(transformer, files, dtype, device)
+    return transformer
 
 
 def load_vae(pipeline_dir: str, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLHunyuanVideo15:

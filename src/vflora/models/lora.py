@@ -71,9 +71,10 @@ def add_lora(
 ) -> None:
     """Freezes the transformer and adds a trainable LoRA in fp32, in place.
 
-    The B factors start at zero, so the student starts as the teacher exactly (Hu et al. 2021, arXiv 2106.09685,
-    section 4.1). The A factors are drawn from a generator keyed by `seed` and the layer's name, on the CPU, so that
-    they are the same numbers wherever the transformer is.
+    One factor of each pair, B of linear layers, starts at zero, so the student starts as the teacher exactly (Hu et al.
+    2021, arXiv 2106.09685, section 4.1). The other is drawn from a generator keyed by `seed` and the layer's name, on
+    the CPU, so that it is the same numbers wherever the transformer is. A LoRA of a transformer on the meta device is
+    on the CPU.
 
     Raises:
         UserError: if no layer matches `targets`.
@@ -89,11 +90,15 @@ def add_lora(
             f"--lora_target_modules {' '.join(targets or ())} matches no layer of this transformer: use names such as "
             f"{', '.join(DEFAULT_TARGETS[:4])}."
         ) from error
+    start: dict[str, torch.Tensor] = {}
     for name, parameter in transformer.named_parameters():
         if "lora_" not in name:
             continue
-        parameter.data = parameter.data.float()
+        start[name] = torch.zeros(parameter.shape, device="cpu")
         if "lora_A" in name:
-            drawn = torch.empty(parameter.shape, device="cpu")
-            torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=keyed_generator(seed, name))
-            parameter.data.copy_(drawn)
+            torch.nn.init.kaiming_uniform_(start[name], a=math.sqrt(5), generator=keyed_generator(seed, name))
+        elif "lora_embedding_B" in name:  # of embeddings, peft has the A factors start at zero
+            torch.nn.init.normal_(start[name], generator=keyed_generator(seed, name))
+        if not parameter.is_meta:
+            start[name] = start[name].to(parameter.device)
+    transformer.load_state_dict(start, strict=False, assign=True)

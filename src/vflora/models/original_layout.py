@@ -23,7 +23,7 @@ from torch import Tensor
 from vflora.errors import UserError
 from vflora.models import original_names as names
 from vflora.models.lora_formats.fusing import swap_halves
-from vflora.models.streamed_weights import fill, find_shards, read_shapes
+from vflora.models.streamed_weights import WeightFiles, fill, find_shards, read_shapes
 
 _TARGET_SIZES = {"360p": 480, "480p": 640, "720p": 960, "1080p": 1440}
 _ROPE_AXES = {128: (16, 56, 56)}
@@ -87,6 +87,33 @@ def transformer_versions(folder: str | Path) -> list[str]:
     return sorted({part.parent.name for part in parts})
 
 
+def open_original_transformer(folder: str | Path, version: str) -> tuple[HunyuanVideo15Transformer3DModel, WeightFiles]:
+    """Builds a transformer of the original layout without memory, and finds its weights.
+
+    Args:
+        folder: the folder that holds `transformer/`.
+        version: which of them, such as "480p_i2v".
+
+    Returns:
+        The transformer on the meta device, and the files to fill it from.
+
+    Raises:
+        UserError: if that version is not there, or its weights are not HunyuanVideo-1.5.
+    """
+    home = Path(folder) / "transformer" / version
+    there = transformer_versions(folder)
+    if version not in there:
+        raise UserError(
+            f"{folder} has no transformer {version}: set --transformer_version to one of {', '.join(there)}, or get "
+            "it with `vflora download`."
+        )
+    shards = find_shards(home)
+    settings = transformer_settings(read_shapes(shards), _read_json(home / "config.json"), version)
+    with init_empty_weights(include_buffers=False):
+        model = HunyuanVideo15Transformer3DModel(**settings)
+    return model, WeightFiles(shards, convert_transformer_tensor)
+
+
 def load_original_transformer(
     folder: str | Path, version: str, dtype: torch.dtype | None, device: torch.device | str
 ) -> HunyuanVideo15Transformer3DModel:
@@ -101,18 +128,8 @@ def load_original_transformer(
     Raises:
         UserError: if that version is not there, or its weights are incomplete or not HunyuanVideo-1.5.
     """
-    home = Path(folder) / "transformer" / version
-    there = transformer_versions(folder)
-    if version not in there:
-        raise UserError(
-            f"{folder} has no transformer {version}: set --transformer_version to one of {', '.join(there)}, or get "
-            "it with `vflora download`."
-        )
-    shards = find_shards(home)
-    settings = transformer_settings(read_shapes(shards), _read_json(home / "config.json"), version)
-    with init_empty_weights(include_buffers=False):
-        model = HunyuanVideo15Transformer3DModel(**settings)
-    fill(model, shards, convert_transformer_tensor, dtype, device)
+    model, files = open_original_transformer(folder, version)
+    fill(model, files, dtype, device)
     return model.requires_grad_(False).eval()
 
 
@@ -134,7 +151,7 @@ def load_original_vae(
     settings = {ours: stored[theirs] for theirs, ours in _VAE_SETTINGS.items() if theirs in stored}
     with init_empty_weights(include_buffers=False):
         vae = AutoencoderKLHunyuanVideo15(**settings)
-    fill(vae, shards, convert_vae_tensor, dtype, device)
+    fill(vae, WeightFiles(shards, convert_vae_tensor), dtype, device)
     return vae.requires_grad_(False).eval()
 
 

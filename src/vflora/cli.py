@@ -15,9 +15,11 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from vflora import __version__
 from vflora.arguments import explain, normalise
+from vflora.distributed.modes import expand_mode_for
 from vflora.distributed.voice import first_to_say, is_first, said_once
 from vflora.errors import UserError
-from vflora.presets import expand_mode
+from vflora.help_text import HelpText
+from vflora.log_lines import AboveBars
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,10 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     config_class = getattr(importlib.import_module(command.module), command.config)
     groups = config_groups(config_class)
     parser = build_parser(name, groups)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    complete = expand_mode_for(processes, normalise(arguments, groups, command.positionals), groups)
     try:
-        values = parser.parse_args(expand_mode(normalise(arguments, groups, command.positionals), groups))
+        values = parser.parse_args(complete)
     except ArgumentError as error:
         raise UserError(f"{explain(str(error), groups)} (`vflora {name} --help` lists the flags).") from error
     built = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups]
@@ -160,10 +164,12 @@ def config_groups(config_class: type) -> list[type]:
 def build_parser(name: str, groups: list[type]) -> ArgumentParser:
     """Builds the parser of one command, one help group per dataclass."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    nameless = "".join(f" [{flag.upper()}]" for flag in COMMANDS[name].positionals)
     parser = ArgumentParser(
         prog=f"vflora {name}",
-        usage=f"vflora {name} [flags]",
+        usage=f"vflora {name}{nameless} [flags]",
         description=COMMANDS[name].summary,
+        formatter_class=HelpText,
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags win over it")
@@ -187,7 +193,7 @@ def _overview() -> str:
         [
             "usage: vflora COMMAND [flags]      (vflora COMMAND --help lists the flags)",
             "",
-            "Video-Free LoRA: new characters for an image-to-video model, from still images alone.",
+            "Video-Free LoRA: teaches an image-to-video model new characters from stills.",
             "",
             *lines,
         ]
@@ -196,7 +202,8 @@ def _overview() -> str:
 
 def start_logging() -> None:
     """Prints what the first process of a launcher logs, and warnings of any, each once."""
-    logging.basicConfig(level=logging.INFO if is_first() else logging.WARNING, format="%(message)s")
+    level = logging.INFO if is_first() else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[AboveBars()])
     for handler in logging.getLogger().handlers:
         handler.addFilter(said_once)
 

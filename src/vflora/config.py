@@ -43,7 +43,7 @@ class ModelConfig:
     pipeline_dir: str
     """Folder or hub name of the image-to-video pipeline."""
     transformer_version: str = "480p_i2v"
-    """Which transformer of the original layout to load: 480p_i2v, 720p_i2v or their distilled kin."""
+    """Which transformer of the original layout to load: 480p_i2v, 480p_i2v_distilled, 720p_i2v, ..."""
     dtype: Precision = "bf16"
     """Precision of the frozen weights; the LoRA always trains in fp32."""
     device: str = "auto"
@@ -88,7 +88,7 @@ class RolloutConfig:
     train_video_length: int = 17
     """Frames of a clip, 4n+1."""
     num_inference_steps: int = 25
-    """Length of the rollout's schedule."""
+    """Steps of the rollout's schedule."""
     harvest_count: int = 2
     """Distilled points per step, besides the deepest one."""
     harvest_scheme: Literal["bracket", "random"] = "bracket"
@@ -143,7 +143,7 @@ class IdentityConfig:
     dino_model_dir: str
     """Folder of the DINOv3 backbone."""
     dino_head_path: str
-    """Projection head for it, as `vflora train-head` writes it (the reference's .pt is read too)."""
+    """Projection head for it: the folder of `vflora train-head`, or a file (also a .pt of the reference code)."""
     id_num_frames: int = 5
     """Frames of the decoded estimate that are compared with the anchor."""
     lambda_distill: float = 1.0
@@ -157,7 +157,7 @@ class IdentityConfig:
     id_every_steps: int = 1
     """Compute the identity loss every so many optimizer steps."""
     id_decode_downsample_mode: Literal["false", "area", "bicubic"] = "false"
-    """Shrink the estimate's latents before decoding, to save time and memory."""
+    """Shrink the estimate's latents before decoding, to save time and memory; false decodes at full size."""
     id_decode_scale: float = 0.5
     """By which factor they shrink."""
     id_margin: float = 0.0
@@ -181,9 +181,9 @@ class LoraConfig:
     use_lora: bool = True
     """This recipe trains a LoRA and nothing else; false is refused."""
     lora_r: int = 16
-    """Rank."""
+    """Rank of the LoRA."""
     lora_alpha: float = 16
-    """Scale numerator: the update is B A times alpha / rank."""
+    """Strength of the LoRA: its update is B A times alpha / rank."""
     lora_dropout: float = 0.0
     """Dropout on the LoRA's input."""
     lora_target_modules: list[str] | None = None
@@ -261,7 +261,7 @@ class RunConfig:
     logger: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl, which is always written."""
     seed: int = 42
-    """Of everything random."""
+    """Seed of everything random."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder, `latest` for the newest one in --output_dir, or `auto`: the newest one if there is any."""
     async_save: bool = False
@@ -285,7 +285,8 @@ class DistributedConfig:
     """Several processes."""
 
     enable_fsdp: bool = True
-    """Shard the frozen base over all processes; one process has nothing to shard."""
+    """Shard the frozen base over all processes; one process has nothing to shard, and --mode fast and low_memory choose
+    false by themselves."""
     sp_size: int = 1
     """Processes that share one sample's tokens (sequence parallelism)."""
 

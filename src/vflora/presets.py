@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ def expand_mode(arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
         arguments: as `vflora.arguments.normalise` returns them.
         groups: the dataclasses of flags.
     """
-    flags = list(_flags(arguments))
+    flags = list(flag_values(arguments))
     names = {name for name, _ in flags}
-    saved = _saved([value for name, value in flags if name == "config"])
+    saved = saved_settings(flags)
     added: list[str] = []
     for group in groups:
         presets = group.presets() if hasattr(group, "presets") else {}
@@ -42,7 +42,8 @@ def expand_mode(arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
     return [*arguments, *added]
 
 
-def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields the name and the value of each flag of a normalised command line."""
     words = list(arguments)
     while words:
         name, joined, value = words.pop(0).partition("=")
@@ -50,11 +51,11 @@ def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name[2:], value if joined or not words else words.pop(0)
 
 
-def _saved(configs: Sequence[str]) -> Mapping[str, Any]:
+def saved_settings(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Returns the settings of `--config` files; one that cannot be read is left to the parser's complaint."""
     values: dict[str, Any] = {}
-    for config in configs:
-        if not Path(config).is_file():
+    for name, config in flags:
+        if name != "config" or not Path(config).is_file():
             continue
         try:
             content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))

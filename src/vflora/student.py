@@ -7,14 +7,16 @@ from torch import Tensor
 
 from vflora.adapters import read_adapter
 from vflora.config import require
+from vflora.distributed.modes import OWN_SAMPLE, WHOLE_BASE
 from vflora.distributed.processes import ALONE, World
 from vflora.distributed.sequence_parallel import enable_context_parallel
-from vflora.distributed.sharding import shard
+from vflora.distributed.sharding import fill_shards, shard
 from vflora.errors import UserError
 from vflora.models.denoiser import Denoiser
-from vflora.models.loading import load_transformer
+from vflora.models.loading import open_transformer
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.speed import Acceleration, SpeedConfig, accelerate
+from vflora.models.streamed_weights import fill
 from vflora.random_streams import keyed_noise
 from vflora.settings import TrainSettings
 from vflora.types import Conditions
@@ -28,7 +30,7 @@ def build_student(
 ) -> tuple[Denoiser, Acceleration]:
     """Loads the base model into main memory, adds the LoRA, and places both on `device` as the speed settings say.
 
-    Several processes hold a share of the base each, unless they are told not to.
+    Several processes hold a share of the base each, unless they are told not to; each reads its share only.
 
     Raises:
         UserError: if the model, the layers to train or the LoRA to start from do not fit, or the device lacks what a
@@ -39,9 +41,11 @@ def build_student(
     require_shareable(settings.speed, world, sharded=sharded)
     require(
         not (settings.speed.student_graphs and lora.lora_dropout > 0),
-        "--student_graphs would drop the same inputs at every step: drop it or --lora_dropout.",
+        "--student_graphs would drop the same inputs at every step: set it to false, or drop --lora_dropout.",
     )
-    transformer = load_transformer(model.pipeline_dir, model.transformer_version, dtype, "cpu")
+    transformer, files = open_transformer(model.pipeline_dir, model.transformer_version, dtype)
+    if not sharded:
+        fill(transformer, files, dtype, "cpu")
     add_lora(
         transformer,
         rank=lora.lora_r,
@@ -57,6 +61,7 @@ def build_student(
         _start_from(denoiser, lora.pretrained_lora_path, lora.lora_alpha / lora.lora_r)
     if sharded:
         shard(transformer, world, device)
+        world.everywhere(lambda: fill_shards(transformer, files, device))
     acceleration = accelerate(transformer, settings.speed, device)
     enable_context_parallel(transformer, world)
     return denoiser, acceleration
@@ -73,7 +78,7 @@ def require_shareable(speed: SpeedConfig, world: World, *, sharded: bool) -> Non
     Raises:
         UserError: with the way out.
     """
-    for name in ("rollout_graphs", "student_graphs"):
+    for name in OWN_SAMPLE:
         require(
             not (getattr(speed, name) and world.sp_size > 1),
             f"--{name} cannot replay what processes that share a sample tell each other: drop it or --sp_size.",
@@ -81,7 +86,7 @@ def require_shareable(speed: SpeedConfig, world: World, *, sharded: bool) -> Non
     if not sharded:
         return
     plain = SpeedConfig()
-    for name in ("weight_storage", "rollout_precision", "rollout_graphs", "student_graphs", "block_offload"):
+    for name in WHOLE_BASE:
         require(
             getattr(speed, name) == getattr(plain, name),
             f"--{name} does not go with a base that is sharded over processes: drop it, or add --enable_fsdp false.",

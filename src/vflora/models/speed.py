@@ -38,7 +38,8 @@ class SpeedConfig:
     """Time and memory."""
 
     mode: Mode = "exact"
-    """Preset of the flags below; a flag that is given wins. exact: their defaults; fast: time; low_memory: memory."""
+    """Presets of the flags below; a flag that is given wins. exact: their defaults; fast: less time; low_memory: less
+    memory. fast and low_memory approximate."""
     compile: bool = False
     """Compile the transformer's blocks, one by one: about a minute at the start, then a third less time a step."""
     attention_backend: AttentionKernel = "native"
@@ -48,9 +49,11 @@ class SpeedConfig:
     keep_student_graph: bool = False
     """Keep the student's activations while the identity loss is computed: one forward pass fewer, the most memory."""
     rollout_graphs: bool = False
-    """Replay the teacher's passes as CUDA graphs, which takes the wait for Python out of rollouts; no offload."""
+    """Replay the teacher's passes as CUDA graphs, which takes the wait for Python out of rollouts; not with
+    --block_offload."""
     student_graphs: bool = False
-    """Replay the student's passes, forward and backward, as CUDA graphs; no offload, no dropout."""
+    """Replay the student's passes, forward and backward, as CUDA graphs; not with --block_offload or
+    LoRA dropout."""
     rollout_precision: Literal["full", "fp8"] = "full"
     """fp8: the widest layers multiply in float8 between harvested points; approximates states, not targets."""
     rollout_stride: int = 1
@@ -60,7 +63,7 @@ class SpeedConfig:
     weight_storage: Literal["full", "int8", "fp8"] = "full"
     """Keep the frozen weights of the blocks in 8 bits, half the memory; approximates the base model."""
     block_offload: bool = False
-    """Keep the frozen weights in main memory and bring in block by block: exact, about 16 GiB less on the GPU."""
+    """Keep the frozen weights in main memory and bring them in block by block: exact, about 16 GiB less on the GPU."""
     id_decode_recompute: bool = True
     """Compute the decoder's activations again in the backward pass of the identity loss; false is faster."""
     id_decode_tile: int | None = None
@@ -163,7 +166,8 @@ def accelerate(
     """
     require(
         not (config.compile and device.type == "cpu"),
-        "--compile is for GPUs: on CPUs, code that PyTorch compiles got gradients wrong by some percent.",
+        "--compile is for GPUs (on CPUs, code that PyTorch compiles got gradients wrong by some percent): drop it, or "
+        "--mode fast where that brought it in.",
     )
     if config.rollout_precision == "fp8":
         check_fp8(device)

@@ -12,6 +12,9 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out for weights
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Shells start background jobs like this, and what tests start would inherit it and never see a Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from PIL import Image  # noqa: E402

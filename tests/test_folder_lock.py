@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vflora.errors import UserError
-from vflora.folder_lock import held, require_free
+from vflora.folder_lock import held
 
 HOLD = """
 import os, pathlib, sys
@@ -55,9 +55,6 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     folder = tmp_path / "new" / "run"
     with held(folder, "--output_dir"):
         refused(folder)
-        with pytest.raises(UserError, match="another run is at work"):
-            require_free(folder, "--output_dir")
-    require_free(folder, "--output_dir")
     with held(folder, "--output_dir"):
         pass
 
@@ -77,13 +74,53 @@ def test_processes_of_one_launch_share_the_folder_and_other_launches_stay_out(tm
         pass
     refused(tmp_path / "run", rank=1, size=3)
     refused(tmp_path / "run", rank=0, size=2)
-    with pytest.raises(UserError, match="another run is at work"):
-        require_free(tmp_path / "run", "--output_dir")
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.endswith("-of-2")] == []
 
 
-def test_a_folder_that_is_not_there_is_free(tmp_path):
-    require_free(tmp_path / "nowhere", "--output_dir")
-    assert not (tmp_path / "nowhere").exists()
+def fail(folder, before=lambda: None, **options):
+    def work():
+        with held(folder, "--output_dir", **options):
+            before()
+            raise UserError("there is no such model.")
+
+    with pytest.raises(UserError, match="no such model"):
+        work()
+
+
+def test_a_run_that_fails_before_it_wrote_leaves_nothing_behind(tmp_path):
+    fail(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()
+    fail(tmp_path / "run")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run"], "the folder was there before"
+
+
+def test_of_several_processes_the_last_that_fails_takes_the_folder_away(tmp_path):
+    def the_other_fails():
+        fail(tmp_path / "run", rank=1, size=2)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock-0-of-2"]
+
+    fail(tmp_path / "run", the_other_fails, rank=0, size=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_failing_run_wrote_stays_and_so_does_what_was_there(tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    fail(tmp_path / "run", lambda: metrics.write_text("1"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [metrics.name]
+    with held(tmp_path / "run", "--output_dir"):
+        pass
+    before = sorted(tmp_path.rglob("*"))
+    fail(tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_fails_takes_no_lock_from_others(tmp_path, at_work):
+    at_work(rank=0, size=2)
+    refused(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock-0-of-2"]
+    refused(tmp_path / "run", rank=0, size=2)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock-0-of-2"]
 
 
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):

@@ -13,12 +13,13 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from vflora.cli import main, parse
 from vflora.errors import UserError
-from vflora.folder_lock import held, require_free
+from vflora.folder_lock import held
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.denoiser import Denoiser
 from vflora.rollouts import run as roll_out
 from vflora.teacher_source import Rollouts
 from vflora.train import run as train
+from vflora.trajectories.teacher import Guide
 
 SHORT = ("--train_video_length", "5", "--learning_rate", "3e-2", "--harvest_count", "1")
 VALUES = 4 * 2 * 2 * 2
@@ -365,13 +366,59 @@ def test_the_folder_is_held_while_it_fills_and_free_afterwards(flags, folder, mo
     plain = Rollouts.trajectory
 
     def looking(self, prepared, step):
-        with pytest.raises(UserError, match="another run is at work"):
-            require_free(folder, "--trajectory_dir")
+        with pytest.raises(UserError, match="another run is at work"), held(folder, "--trajectory_dir"):
+            pass
         return plain(self, prepared, step)
 
     monkeypatch.setattr(Rollouts, "trajectory", looking)
     roll_out(storing(flags, folder, "--max_train_steps", "1"))
-    require_free(folder, "--trajectory_dir")
+    with held(folder, "--trajectory_dir"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (["--prompt_bank", "nothing.yaml"], "nothing.yaml"),
+        (["--compile"], "--compile is for GPUs"),
+    ],
+    ids=["before the models load", "when they have been"],
+)
+def test_what_is_refused_in_a_new_folder_leaves_nothing_behind(flags, folder, tmp_path, capsys, wrong, sentence):
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["rollouts", *flags, "--trajectory_dir", str(folder / "new"), *wrong]) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (["--seed", "7"], "was rolled out otherwise: --seed"),
+        (["--trajectory_dtype", "bf16"], "was begun with other flags just now"),
+        ([], None),
+    ],
+    ids=["another recipe", "another precision", "the same"],
+)
+def test_two_processes_that_begin_a_folder_together_must_agree(flags, folder, monkeypatch, other, sentence):
+    load = Guide.load
+
+    def load_while_the_other_begins(*arguments):
+        monkeypatch.setattr(Guide, "load", load)
+        monkeypatch.setenv("RANK", "1")
+        roll_out(storing(flags, folder, *other))
+        return load(*arguments)
+
+    monkeypatch.setattr(Guide, "load", load_while_the_other_begins)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    if sentence is None:
+        roll_out(storing(flags, folder))
+        assert len(shard_names(folder)) == 4
+        return
+    with pytest.raises(UserError, match=sentence):
+        roll_out(storing(flags, folder))
+    assert len(shard_names(folder)) == 2, "what the other made stays as it is"
 
 
 def test_a_folder_that_cannot_be_is_refused(flags, capsys):

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from vflora.cli import main, parse
 from vflora.errors import UserError
-from vflora.folder_lock import held, require_free
+from vflora.folder_lock import held
+from vflora.models.loading import load_vae
 from vflora.models.projection_head import HeadSpec, new_head, save_head
 from vflora.models.random_original import write_small_original
 from vflora.models.random_weights import small_pipeline
@@ -31,6 +32,15 @@ def same(losses):
     return compare
 
 
+@pytest.mark.parametrize(("columns", "shown"), [("100", False), ("200", True)])
+def test_the_parts_of_a_step_stand_behind_its_bar_where_there_is_room(train_flags, monkeypatch, capsys, columns, shown):
+    monkeypatch.setenv("COLUMNS", columns)
+    run(parse("train", [*train_flags, "--max_train_steps", "1"]))
+    bar = capsys.readouterr().err
+    assert "s/step=" in bar
+    assert ("of which=" in bar) is shown
+
+
 def test_first_step_has_no_distillation_loss_because_the_student_is_the_teacher(train_flags, tmp_path):
     run(parse("train", [*train_flags, "--max_train_steps", "2"]))
     first, second = metrics(tmp_path / "run")
@@ -39,8 +49,10 @@ def test_first_step_has_no_distillation_loss_because_the_student_is_the_teacher(
     assert first["loss/identity"] > 0.0
 
 
-def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path):
+def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path, caplog):
+    caplog.set_level("INFO")
     folder = run(parse("train", train_flags))
+    assert f"all 4 steps are done; `vflora export` makes a file of {folder}" in caplog.text
     assert folder.name == "checkpoint-4"
     adapter = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
     assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
@@ -169,10 +181,31 @@ def test_a_folder_with_a_run_at_work_is_refused_before_anything_loads(train_flag
     assert f"another run is at work in {tmp_path / 'run'}: wait" in capsys.readouterr().err
 
 
-def test_a_run_holds_its_folder_until_it_is_closed(train_flags, tmp_path):
-    with opened(parse("train", train_flags)), pytest.raises(UserError, match="another run is at work"):
-        require_free(tmp_path / "run", "--output_dir")
-    require_free(tmp_path / "run", "--output_dir")
+def test_a_run_holds_its_folder_from_before_anything_loads_until_it_is_closed(train_flags, tmp_path, monkeypatch):
+    """Two that start in the same minute: the second one must not load its models only to be refused."""
+    refusals = []
+
+    def refused_then_loaded(*arguments):
+        files = sorted((tmp_path / "run").rglob("*"))
+        with pytest.raises(UserError, match="another run is at work"), opened(parse("train", train_flags)):
+            pass
+        assert sorted((tmp_path / "run").rglob("*")) == files
+        refusals.append(files)
+        return load_vae(*arguments)
+
+    monkeypatch.setattr("vflora.clips.load_vae", refused_then_loaded)
+    work = pytest.raises(UserError, match="another run is at work")
+    with opened(parse("train", train_flags)), work, held(tmp_path / "run", "--output_dir"):
+        pass
+    assert len(refusals) == 1
+    with held(tmp_path / "run", "--output_dir"):
+        pass
+
+
+def test_a_run_that_is_refused_leaves_no_folder_behind(train_flags, tmp_path):
+    with pytest.raises(UserError, match="There is no model at"):
+        run(parse("train", [*train_flags, "--pipeline_dir", str(tmp_path / "nothing")]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_goes_back_leaves_later_checkpoints_aside_and_keeps_its_own(train_flags, tmp_path, losses):
@@ -332,6 +365,22 @@ def test_a_download_that_was_not_finished_is_told(train_flags, small_models, tmp
     assert str(pipeline / part) in message
     assert "download" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "DINOv3"])
+def test_a_model_that_is_missing_is_told_before_any_is_loaded(
+    train_flags, small_models, tmp_path, capsys, caplog, part
+):
+    caplog.set_level("INFO")
+    pipeline = shutil.copytree(small_models / "pipeline", tmp_path / "pipeline")
+    flags = ["--pipeline_dir", str(pipeline)]
+    if part == "DINOv3":
+        flags += ["--dino_model_dir", str(tmp_path / "nowhere")]
+    else:
+        shutil.rmtree(pipeline / part)
+    assert main(["train", *train_flags, *flags]) == 2
+    assert part in capsys.readouterr().err
+    assert "loading" not in caplog.text
 
 
 @pytest.mark.parametrize("part", ["transformer", "image_encoder", "scheduler", "tokenizer", "feature_extractor"])

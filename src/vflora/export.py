@@ -40,7 +40,7 @@ class ExportConfig:
     model_path: str | None = None
     """Base model to name in the file's header; without it, what the checkpoint says."""
     transformer_version: str = "480p_i2v"
-    """Transformer to name beside model_path."""
+    """Transformer to name beside --model_path."""
     dtype: Precision = "bf16"
     """Precision of the written weights; training keeps fp32."""
     lora_r: int | None = None
@@ -52,7 +52,7 @@ class ExportConfig:
     lora_target_modules: list[str] | None = None
     """Write these layers only; without it, all that were trained."""
     name: str | None = None
-    """Title in the header, and name of files that are not diffusers'; without it, the name of output_dir."""
+    """Title in the header, and name of files that are not diffusers'; without it, the name of --output_dir."""
     author: str | None = None
     """Author in the header."""
     characters: list[str] | None = None

@@ -81,7 +81,7 @@ def run(settings: RolloutsSettings) -> Path:
 
 
 def _fill(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: int, size: int) -> None:
-    manifest = _manifest(settings, dataset, folder, rank, size)
+    manifest, is_new = _manifest(settings, dataset, folder, size)
     if rank == 0:
         clear_unfinished(shard_folder(folder), size)
 
@@ -99,14 +99,16 @@ def _fill(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: int,
         per_rollout * sum(map(len, missing)) + _SPARE_BYTES,
         "make room, lower --max_train_steps, or use --trajectory_dtype bf16 in another --trajectory_dir.",
     )
+    if is_new:  # not before it is clear that nothing stands in the way: what is refused leaves no folder
+        _begin(folder, manifest, settings.yaml(), rank)
     done = everything - sum(map(len, mine))
     done = _write(guide, mine, folder, manifest, rank, progress={"total": everything, "initial": done})
     if done < everything:
         logger.warning("stopped after %d of %d rollouts; the same line goes on from there", done, everything)
 
 
-def _manifest(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: int, size: int) -> Manifest:
-    """Reads the manifest and compares it with the settings, or begins the folder."""
+def _manifest(settings: RolloutsSettings, dataset: DataSet, folder: Path, size: int) -> tuple[Manifest, bool]:
+    """Reads the manifest and compares it with the settings, or makes one; returns also whether it is new."""
     found, storage, batch_size = read_manifest(folder), settings.storage, settings.data.batch_size
     processes = storage.train_processes or (found.processes if found else size)
     recipe = recipe_of(settings, dataset, processes * batch_size)
@@ -114,16 +116,28 @@ def _manifest(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: 
         plan = Plan(processes, settings.optimizer.gradient_accumulation_steps, settings.rollout.trajectory_reuse)
         per_process = -(-plan.rollouts(settings.optimizer.max_train_steps) // size)
         per_shard = min(storage.rollouts_per_shard, per_process)
-        manifest = Manifest.of(recipe, plan, per_shard=per_shard, dtype=storage.trajectory_dtype)
-        begin(folder, manifest, settings.yaml(), rank)
-        return manifest
+        return Manifest.of(recipe, plan, per_shard=per_shard, dtype=storage.trajectory_dtype), True
     require_same(found.recipe, recipe, folder, verb="go on")
     dtype = storage.trajectory_dtype
     require(
         dtype == found.dtype,
         f"{folder} was begun with --trajectory_dtype {found.dtype} and not {dtype}: go on with that.",
     )
-    return found
+    return found, False
+
+
+def _begin(folder: Path, manifest: Manifest, settings_yaml: str, rank: int) -> None:
+    """Begins the folder, unless another process has, while this one was loading its models.
+
+    Raises:
+        UserError: if that one was told otherwise.
+    """
+    begun = read_manifest(folder)
+    if begun is None:
+        begin(folder, manifest, settings_yaml, rank)
+        return
+    require_same(begun.recipe, manifest.recipe, folder, verb="go on")
+    require(begun == manifest, f"{folder} was begun with other flags just now: give all of its processes the same.")
 
 
 def _split_as(settings: RolloutsSettings, manifest: Manifest) -> TrainSettings:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vflora.checkpoint import list_checkpoints
 from vflora.config import RunConfig, require
 from vflora.errors import UserError
-from vflora.folder_lock import require_free
+from vflora.folder_lock import held
 
 
-def require_place(run: RunConfig) -> None:
-    """Refuses a run that could not write, or that would write over another one, ended or at work.
+@contextmanager
+def reserved(run: RunConfig) -> Iterator[None]:
+    """Keeps the folder of a run, and refuses one that could not write, or would write over another, ended or at work.
 
     Raises:
         UserError: with the way out.
     """
     require_writable(run.output_dir, "--output_dir")
-    require_free(run.output_dir, "--output_dir")
-    there = list_checkpoints(run.output_dir)
-    if there and not run.resume_from_checkpoint:
-        raise UserError(
-            f"{run.output_dir} already holds a run ({there[-1].name}): go on with --resume_from_checkpoint latest, or "
-            "choose another --output_dir."
-        )
+    with held(run.output_dir, "--output_dir"):
+        # Not before it is held: another run may have ended just now.
+        there = list_checkpoints(run.output_dir)
+        if there and not run.resume_from_checkpoint:
+            raise UserError(
+                f"{run.output_dir} already holds a run ({there[-1].name}): go on with --resume_from_checkpoint latest, "
+                "or choose another --output_dir."
+            )
+        yield
 
 
 def require_writable(folder: Path, flag: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,12 +16,12 @@ from tqdm import tqdm
 from vflora.checkpoint import CheckpointWriter, RunState, leave_later
 from vflora.config import require
 from vflora.distributed.processes import joined
-from vflora.folder_lock import held
 from vflora.learning import learn
 from vflora.models.lora import ADAPTER
 from vflora.models.lora_formats import from_transformer, write_lora
 from vflora.previews import contact_sheet, find_previews, step_folder
 from vflora.profiling import StepTracer
+from vflora.run_folder import reserved
 from vflora.run_header import run_header
 from vflora.run_log import NoLog, RunLog
 from vflora.settings import TrainSettings
@@ -31,6 +32,9 @@ from vflora.types import LossReport
 from vflora.validation import Validator
 
 logger = logging.getLogger(__name__)
+
+_ROOM_FOR_PARTS = 160
+"""Columns of a terminal from which on the parts of a step stand behind its bar; metrics.jsonl always has them."""
 
 
 def run(settings: TrainSettings) -> Path:
@@ -50,10 +54,9 @@ def opened(settings: TrainSettings) -> Iterator[Run]:
     Raises:
         UserError: for whatever is wrong with the settings, the data, the models or the checkpoint.
     """
-    output_dir = settings.run.output_dir
     with joined(settings.distributed.sp_size, settings.model.torch_device()) as world, ExitStack() as closing:
+        world.from_main(lambda: closing.enter_context(reserved(settings.run)))
         training = set_up(settings, world)
-        world.from_main(lambda: closing.enter_context(held(output_dir, "--output_dir")))
         tracer = _tracer(training)
         log = _open_log(training)
         writer = CheckpointWriter(world, asynchronous=settings.run.async_save)
@@ -188,14 +191,16 @@ def _loop(progress: Run) -> Path:
             if world.agree(stop_requested()):
                 saved = progress.save()
                 progress.wait()
-                logger.warning(
-                    "stopped after step %d; go on with --resume_from_checkpoint latest (saved: %s)",
-                    progress.step_count,
-                    saved,
-                )
+                if world.is_main:  # the process with the bar, which would be written over by another's
+                    logger.warning(
+                        "stopped after step %d; go on with --resume_from_checkpoint latest (saved: %s)",
+                        progress.step_count,
+                        saved,
+                    )
                 return saved
         saved = progress.save()
         progress.wait()
+        logger.info("all %d steps are done; `vflora export` makes a file of %s", progress.total_steps, saved)
         return saved
 
 
@@ -237,7 +242,8 @@ def _glance(metrics: dict[str, float]) -> dict[str, str]:
     shown["s/step"] = f"{metrics['seconds/step']:.2f}"
     parts = {name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")}
     parts.pop("step")
-    shown["of which"] = split(parts)
+    if shutil.get_terminal_size().columns >= _ROOM_FOR_PARTS:
+        shown["of which"] = split(parts)
     return shown
 
 

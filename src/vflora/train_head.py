@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -23,15 +24,17 @@ from vflora.atomic import replace_file
 from vflora.checkpoint import leave_later
 from vflora.data.augment import VaeRoundTrip
 from vflora.data.identities import HeadLoader, IdentityIndex
+from vflora.distributed.processes import World
 from vflora.errors import NonFiniteError
-from vflora.head.checkpoint import HEAD_FILE, LAST_HEAD_FILE, HeadState, save_state, starting_point
+from vflora.folder_lock import held
+from vflora.head.checkpoint import LAST_HEAD_FILE, HeadState, save_state, starting_point
 from vflora.head.config import HeadConfig
 from vflora.head.learning import Learner
 from vflora.head.picture import draw_validation
 from vflora.head.validation import ValidationFeatures, validate
 from vflora.head.validation_set import validation_features
 from vflora.models.identity import FrozenBackbone
-from vflora.models.projection_head import HeadSpec, ProjectionHead, new_head, save_head
+from vflora.models.projection_head import HEAD_FILE, HeadSpec, ProjectionHead, new_head, save_head
 from vflora.random_streams import keyed_generator
 from vflora.run_folder import require_writable
 from vflora.run_log import RunLog
@@ -50,14 +53,17 @@ def run(config: HeadConfig) -> Path:
         UserError: for bad input, and NonFiniteError where a loss or gradient is not finite.
     """
     accelerator = Accelerator(mixed_precision="no")
-    training = _set_up(config, accelerator)
-    try:
-        with stop_requests() as stop_requested:
-            training.loop(stop_requested)
-    finally:
-        training.loader.close()
-        if training.log:
-            training.log.close()
+    world = World(accelerator.process_index, accelerator.num_processes)
+    with ExitStack() as closing:
+        world.from_main(lambda: _reserve(config.output_dir, closing))
+        training = _set_up(config, accelerator)
+        try:
+            with stop_requests() as stop_requested:
+                training.loop(stop_requested)
+        finally:
+            training.loader.close()
+            if training.log:
+                training.log.close()
     if accelerator.num_processes > 1:
         # The wrapper that averages gradients must not be the last to hold the process group: it would wait for the
         # group's threads with Python's lock in its hand, and they may be waiting for that lock.
@@ -106,7 +112,8 @@ class _Training:
                     self._save()
                 if stopping and not last:
                     logger.warning("Stopped after step %d; --resume_from_checkpoint latest goes on.", self.step)
-                    break
+                    return
+        logger.info("All %d steps are done; the head is %s.", self.step, config.output_dir / HEAD_FILE)
 
     def _learn(self) -> dict[str, float]:
         batches = itertools.islice(self.loader, self.config.grad_accum)
@@ -145,8 +152,13 @@ class _Training:
         return cast(torch.Tensor, self.accelerator.reduce(flag)).item() > 0
 
 
+def _reserve(folder: Path, closing: ExitStack) -> None:
+    """Holds the folder until `closing` closes."""
+    require_writable(folder, "--output_dir")
+    closing.enter_context(held(folder, "--output_dir"))
+
+
 def _set_up(config: HeadConfig, accelerator: Accelerator) -> _Training:
-    require_writable(config.output_dir, "--output_dir")
     index = IdentityIndex.open(
         config.wds_root, config.id_key, split="train", shards=config.train_shards, manifest=str(config.train_manifest)
     )

@@ -23,14 +23,13 @@ from vflora.errors import UserError
 from vflora.identity_term import IdentityTerm
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
-from vflora.models.identity import IdentityEmbedder
+from vflora.models.identity import IdentityEmbedder, require_backbone
 from vflora.models.loading import ENCODERS, check_pipeline_dir, require_complete
 from vflora.models.original_layout import is_original_layout
 from vflora.models.roles import Student
 from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
 from vflora.prompts import prompt_maker
-from vflora.run_folder import require_place
 from vflora.run_log import require_logger
 from vflora.run_sources import require_same_sources, sources_of
 from vflora.settings import TrainSettings, require_same_recipe
@@ -74,6 +73,8 @@ class Training:
 
 def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
     """Builds a run, or restores the one that `--resume_from_checkpoint` names; all processes call it together.
+
+    It writes nothing to `--output_dir`; who is going to has reserved it.
 
     Raises:
         UserError: for whatever is wrong with the settings, the data, the models or the checkpoint.
@@ -210,11 +211,12 @@ def _restore(denoiser: Denoiser, optimizer: LoraOptimizer, tensors: dict[str, Te
 
 
 def _sources(settings: TrainSettings) -> dict[str, str]:
-    require_place(settings.run)
     require_logger(settings.run.logger)
     check_pipeline_dir(settings.model.pipeline_dir)
-    if condition_folder(settings) is None and not is_original_layout(settings.model.pipeline_dir):
-        require_complete(settings.model.pipeline_dir, *ENCODERS)
+    if not is_original_layout(settings.model.pipeline_dir):
+        encoders = ENCODERS if condition_folder(settings) is None else ()
+        require_complete(settings.model.pipeline_dir, "vae", "transformer", *encoders)
+    require_backbone(Path(settings.identity.dino_model_dir))
     return sources_of(settings)
 
 

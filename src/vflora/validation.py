@@ -10,8 +10,10 @@ from statistics import fmean
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
+from tqdm import tqdm
 
 from vflora.distributed.processes import ALONE, World
+from vflora.distributed.voice import is_first
 from vflora.evaluate import VideoScores, score_video, teacher_deviation
 from vflora.flow import clean_estimate
 from vflora.models.conditions import ConditionEncoder
@@ -70,9 +72,10 @@ class Validator:
         rounds = -(-len(samples) // world.dp_size)
         # Who has a sample less repeats one, without a preview: a sharded model computes on all processes or on none.
         turns = [*mine, *[0] * (rounds - len(mine))]
+        bar = tqdm(turns, desc="validation", unit="sample", leave=False, delay=2, disable=not is_first())
         own = [
             self._sample(*samples[number], preview_dir if turn < len(mine) and world.leads_sample else None)
-            for turn, number in enumerate(turns)
+            for turn, number in enumerate(bar)
         ]
         everyone = world.gather_over_data(own)
         rows = [everyone[number % world.dp_size][number // world.dp_size] for number in range(len(samples))]

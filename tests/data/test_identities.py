@@ -74,7 +74,7 @@ def test_identities_with_too_few_pictures_are_left_out_and_counted(index, caplog
 
 
 def test_too_few_identities_are_refused(index):
-    with pytest.raises(UserError, match="--pk-identities 9 .* 4 identities with 2 or more pictures: use 2 to 4"):
+    with pytest.raises(UserError, match="--pk_identities 9 .* 4 identities with 2 or more pictures: use 2 to 4"):
         HeadLoader(index, identities=9, instances=2)
 
 
@@ -122,7 +122,7 @@ def test_the_references_layout_and_flags(kit, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("species", "'ada' for 'species', which is no whole number.*--id-key"), ("name", "no column 'name'")],
+    [("species", "'ada' for 'species', which is no whole number.*--id_key"), ("name", "no column 'name'")],
 )
 def test_a_column_without_numbers_is_refused(root, key, message):
     with pytest.raises(UserError, match=message):

@@ -164,10 +164,10 @@ class TestIdentityBatches:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"identities": 6}, "--pk-identities 6 .* fits? ?.*5 identities"),
+            ({"identities": 6}, "--pk_identities 6 .* fits? ?.*5 identities"),
             ({"identities": 3, "world_size": 2}, "use 2 to 2"),
-            ({"instances": 1}, "--pk-instances 1"),
-            ({"max_per_identity": 1}, "--max-per-identity 1"),
+            ({"instances": 1}, "--pk_instances 1"),
+            ({"max_per_identity": 1}, "--max_per_identity 1"),
         ],
     )
     def test_what_cannot_be_filled_is_refused(self, settings, message):

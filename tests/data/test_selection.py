@@ -40,6 +40,19 @@ def test_by_sample_frequent_characters_give_their_share():
     assert sum(key.startswith("b") for key in chosen) == 1
 
 
+def test_by_sample_a_small_data_set_holds_pairs_out_for_the_head():
+    made = groups(**{name: 8 for name in "abcdefghijkl"})
+    chosen = validation_keys(made, 0.1, "sample", seed=0)
+    counts = sorted(len(chosen & set(keys)) for keys in made.values())
+    assert counts == [0] * 7 + [2] * 5
+
+
+def test_by_sample_no_pair_is_held_out_where_too_few_would_stay_to_train_on():
+    made = groups(a=5, b=5, c=5, d=5)
+    chosen = validation_keys(made, 0.2, "sample", seed=0)
+    assert all(len(chosen & set(keys)) == 1 for keys in made.values())
+
+
 def test_by_identity_whole_characters_validate():
     made = groups(a=3, b=3, c=3, d=3)
     chosen = validation_keys(made, 0.5, "identity", seed=0)
@@ -50,9 +63,9 @@ def test_by_identity_whole_characters_validate():
     assert validation_keys(groups(a=3), 0.5, "identity", seed=0) == set()
 
 
-@pytest.mark.parametrize("by", ["sample", "identity"])
-def test_the_seed_decides_and_the_order_of_input_does_not(by):
+@pytest.mark.parametrize(("by", "fraction"), [("sample", 0.3), ("sample", 0.05), ("identity", 0.3)])
+def test_the_seed_decides_and_the_order_of_input_does_not(by, fraction):
     made = groups(a=20, b=20, c=20, d=20, e=20, f=20)
     turned = {name: keys[::-1] for name, keys in reversed(made.items())}
-    assert validation_keys(made, 0.3, by, seed=0) == validation_keys(turned, 0.3, by, seed=0)
-    assert validation_keys(made, 0.3, by, seed=0) != validation_keys(made, 0.3, by, seed=1)
+    assert validation_keys(made, fraction, by, seed=0) == validation_keys(turned, fraction, by, seed=0)
+    assert validation_keys(made, fraction, by, seed=0) != validation_keys(made, fraction, by, seed=1)

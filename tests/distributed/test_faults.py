@@ -1,5 +1,6 @@
 """What happens to a run when a process, a disk or a number breaks, and how it goes on."""
 
+import logging
 import os
 import resource
 import shutil
@@ -87,10 +88,13 @@ def test_another_global_batch_is_refused(launch, launch_to_fail, settings):
 
 def test_a_signal_to_one_process_saves_once_on_all_together(launch, settings, tmp_path):
     def stop(training):
+        logging.getLogger("vflora").addHandler(logging.FileHandler(tmp_path / f"log-{training.world.rank}"))
         if training.world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     saved = launch(2, run_and_act(settings(2), 0, stop))
+    assert "stopped after step 1" in (tmp_path / "log-0").read_text()
+    assert (tmp_path / "log-1").read_text() == "", "only the process with the bar can write above it"
     assert saved == [tmp_path / "run" / "checkpoint-1"] * 2
     assert [p.name for p in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-1"]
     verify_checkpoint(saved[0])

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vflora.errors import UserError
-from vflora.head.checkpoint import HEAD_FILE, HeadState, load_state, save_state, starting_point
-from vflora.models.projection_head import HeadSpec, load_head, new_head
+from vflora.head.checkpoint import HeadState, load_state, save_state, starting_point
+from vflora.models.projection_head import HEAD_FILE, HeadSpec, load_head, new_head
 from vflora.random_streams import keyed_generator
 
 SETTINGS = {"seed": 1, "proj_dims": [8, 4], "data set": "abc", "processes": 1}

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vflora.cli import main, parse
 from vflora.errors import NonFiniteError, UserError
-from vflora.models.identity import IdentityEmbedder
+from vflora.folder_lock import held
+from vflora.models.identity import FrozenBackbone, IdentityEmbedder
 from vflora.models.projection_head import load_head
 from vflora.models.random_weights import small_dinov3_convnext, small_vae
 from vflora.settings import flat_settings
@@ -55,7 +56,8 @@ def _run_script(settings):
 def _run_checked(rank, port, settings):
     """One of two processes as torchrun starts them; ends with an error where leaving the group could wait forever."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     destroy = torch.distributed.destroy_process_group
 
     def checked(*arguments):
@@ -84,12 +86,14 @@ def test_the_head_learns_to_tell_identities_apart(config):
     assert after["val/clean/same_mean"] - after["val/clean/different_mean"] > 10 * gap_before
 
 
-def test_a_run_leaves_heads_metrics_pictures_and_settings(config, model_dir):
+def test_a_run_leaves_heads_metrics_pictures_and_settings(config, model_dir, caplog):
+    caplog.set_level("INFO")
     folder = run(replace(config, logger="tensorboard", save_every=5))
+    assert f"All 10 steps are done; the head is {folder / 'identity_head.safetensors'}." in caplog.text
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("identity_head.safetensors", "identity_head_last.safetensors", "metrics.jsonl", "config.yaml"),
-        *("checkpoint-5", "checkpoint-10", "validation", "tensorboard"),
+        *("checkpoint-5", "checkpoint-10", "validation", "tensorboard", ".lock-0-of-1"),
     }
     assert {p.name for p in (folder / "validation").iterdir()} == {
         *("backbone.png", "step-000005.png", "step-000010.png")
@@ -125,20 +129,31 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, fork, cut,
     assert without_time == [{k: v for k, v in row.items() if "seconds" not in k} for row in _rows(whole)]
 
 
-def test_two_processes_learn_what_one_learns_on_both_their_batches(config, tmp_path, fork):
+@pytest.fixture
+def run_as_two(fork, tmp_path):
+    """Runs the command in two processes, and returns the exit code of each and what it said."""
+
+    def start(config):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        logs = [tmp_path / "0.log", tmp_path / "1.log"]
+        processes = [fork(_run_checked, rank, port, _written(config), log=log) for rank, log in enumerate(logs)]
+        try:
+            for process in processes:
+                process.join(200)
+            return [(process.exitcode, log.read_text()) for process, log in zip(processes, logs, strict=True)]
+        finally:
+            for process in processes:
+                process.kill()
+
+    return start
+
+
+def test_two_processes_learn_what_one_learns_on_both_their_batches(config, tmp_path, run_as_two):
     one = run(replace(config, output_dir=tmp_path / "one", pk_identities=4))
-    halves = replace(config, output_dir=tmp_path / "two", pk_identities=2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [fork(_run_checked, rank, port, _written(halves), log=tmp_path / f"{rank}.log") for rank in (0, 1)]
-    try:
-        for rank, process in enumerate(processes):
-            process.join(200)
-            assert process.exitcode == 0, (tmp_path / f"{rank}.log").read_text()[-2000:]
-    finally:
-        for process in processes:
-            process.kill()
+    for code, said in run_as_two(replace(config, output_dir=tmp_path / "two", pk_identities=2)):
+        assert code == 0, said[-2000:]
     alone, together = ([row["loss"] for row in _rows(folder, "loss")] for folder in (one, tmp_path / "two"))
     assert together == pytest.approx(alone, rel=1e-4)
     head = "identity_head_last.safetensors"
@@ -161,6 +176,31 @@ def test_a_convnext_backbone_serves_as_well(config, tmp_path):
     assert torch.equal(_weights(folder), _weights(folder / "checkpoint-2"))
 
 
+def test_a_second_run_in_the_folder_is_refused_while_the_first_goes_on(config, monkeypatch):
+    refused = []
+
+    def load(*arguments):
+        with pytest.raises(UserError, match=r"another run is at work in .*out: wait .* another --output_dir\."):
+            run(replace(config, resume_from_checkpoint="auto"))
+        refused.append(True)
+        return load_backbone(*arguments)
+
+    load_backbone = FrozenBackbone.load
+    monkeypatch.setattr(FrozenBackbone, "load", load)
+    run(replace(config, total_steps=2, val_every=0))
+    assert refused == [True], "the second is refused before it loads anything"
+    assert [row["step"] for row in _rows(config.output_dir, "loss")] == [1, 2]
+
+
+def test_two_processes_both_refuse_a_folder_that_is_taken_and_it_is_said(config, run_as_two):
+    with held(config.output_dir, "--output_dir"):
+        codes, said = zip(*run_as_two(config), strict=True)
+    assert codes == (2, 2), said
+    # by one of them, or by both where the first is gone before the second speaks
+    assert "another run is at work" in "".join(said)
+    assert [path.name for path in config.output_dir.iterdir()] == [".lock-0-of-1"]
+
+
 def test_a_finished_run_resumes_to_nothing(config):
     folder = run(replace(config, total_steps=4))
     before = (folder / "metrics.jsonl").read_text()
@@ -177,9 +217,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(config):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"pk_identities": 7}, r"--pk-identities 7.*6 identities.*use 2 to 6"),
-        ({"pk_instances": 7}, "only 0 identities have 7 or more pictures.*lower --pk-instances"),
-        ({"id_key": "number"}, "no column 'number'.*--id-key"),
+        ({"pk_identities": 7}, r"--pk_identities 7.*6 identities.*use 2 to 6"),
+        ({"pk_instances": 7}, "only 0 identities have 7 or more pictures.*lower --pk_instances"),
+        ({"id_key": "number"}, "no column 'number'.*--id_key"),
         ({"train_shards": "x-*.tar"}, "no shards"),
         ({"model_dir": Path("nowhere")}, "hf download"),
         ({"vae_dir": Path("nowhere")}, "no VAE.*hf download"),

@@ -52,7 +52,7 @@ class IdentityLabel:
         """
         value = fields.get(self.id_key)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise BadSampleError(f"has no whole number for {self.id_key!r} in its JSON (see --id-key)")
+            raise BadSampleError(f"has no whole number for {self.id_key!r} in its JSON (see --id_key)")
         if value not in self.known:
             raise BadSampleError(f"shows identity {value}, which the manifest does not list")
         return value
@@ -132,7 +132,7 @@ def _identities(table: Path, id_key: str) -> Iterator[int]:
         if not text.isascii() or not text.removeprefix("-").isdigit():
             raise UserError(
                 f"Line {line} of {table} has {text!r} for {id_key!r}, which is no whole number: "
-                "name the column of identity numbers with --id-key (identity_id, as `vflora data pack` writes it)."
+                "name the column of identity numbers with --id_key (identity_id, as `vflora data pack` writes it)."
             )
         yield int(text)
 

@@ -51,13 +51,14 @@ class PackConfig:
     """How pictures of another shape are fitted: crop cuts the overhang off, pad adds white borders."""
 
     val_split: float = 0.1
-    """Part of the data set that validates."""
+    """Share of the pictures, or of the characters, that is held out for validation."""
 
     val_by: Literal["sample", "identity"] = "sample"
     """sample: some pictures of every character validate; identity: all pictures of some characters do."""
 
     duplicate_distance: int = 2
-    """Pictures of a character whose perceptual hashes differ in so few of 64 bits are one picture; -1 keeps all."""
+    """Pictures of a character count as one if their perceptual hashes differ in at most so many of 64 bits; -1 keeps
+    all."""
 
     samples_per_shard: int = 1000
     """Pictures in one tar file."""

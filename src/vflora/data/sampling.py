@@ -160,22 +160,22 @@ class IdentityBatches:
             UserError: with the flag to change.
         """
         if self.instances < 2:
-            raise UserError(f"--pk-instances {self.instances} leaves no pairs: use 2 or more.")
+            raise UserError(f"--pk_instances {self.instances} leaves no pairs: use 2 or more.")
         if self.max_per_identity < self.instances:
             raise UserError(
-                f"--max-per-identity {self.max_per_identity} is below --pk-instances {self.instances}: raise it."
+                f"--max_per_identity {self.max_per_identity} is below --pk_instances {self.instances}: raise it."
             )
         most = len(self.pools) // self.world_size
         if most < 2:
             raise UserError(
                 f"only {len(self.pools)} identities have {self.instances} or more pictures, which is too few for a "
-                f"batch on each of {self.world_size} process(es): lower --pk-instances, or add pictures."
+                f"batch on each of {self.world_size} process(es): lower --pk_instances, or add pictures."
             )
         if not 2 <= self.identities * self.world_size <= len(self.pools):
             raise UserError(
-                f"--pk-identities {self.identities} on {self.world_size} process(es) does not fit the "
+                f"--pk_identities {self.identities} on {self.world_size} process(es) does not fit the "
                 f"{len(self.pools)} identities with {self.instances} or more pictures: use 2 to "
-                f"{most}, or lower --pk-instances."
+                f"{most}, or lower --pk_instances."
             )
 
     def batch(self, number: int) -> list[Sample]:

@@ -85,7 +85,7 @@ def read_manifest(path: Path, metadata_key: str) -> list[dict[str, str]]:
         found = ", ".join(columns) or "none"
         raise UserError(
             f"The manifest {path} has no column {metadata_key!r}, its columns are {found}: "
-            "name the right one with --metadata_key (--id-key for the head)."
+            "name the right one with --metadata_key (--id_key for the head)."
         )
     return rows
 

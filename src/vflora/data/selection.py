@@ -11,6 +11,9 @@ from PIL import Image
 
 from vflora.data.sampling import keyed_random
 
+_ROOM_FOR_A_PAIR = 6
+"""Pictures of a character from which on two may validate: training the head takes four of each, as it is set."""
+
 
 def perceptual_hash(image: Image.Image) -> int:
     """Returns 64 bits that hardly change when a picture is scaled, compressed or tinted (pHash, DCT based)."""
@@ -40,7 +43,8 @@ def validation_keys(
     Args:
         groups: character -> keys of its samples.
         fraction: part of all samples, or of all characters, in [0, 1).
-        by: "sample" takes some of every character and never its last one; "identity" takes whole characters.
+        by: "sample" takes some of every character and never its last one; where that would be one of each, it takes
+            two of some instead, as the head is judged by pairs; "identity" takes whole characters.
         seed: decides which.
     """
     if by == "identity":
@@ -62,4 +66,21 @@ def validation_keys(
         if missing > 0 and counts[name] + 1 < len(groups[name]):
             counts[name] += 1
             missing -= 1
+    counts = _in_pairs(counts, [name for name in by_remainder if len(groups[name]) >= _ROOM_FOR_A_PAIR])
     return {key for name in groups for key in shuffled[name][: counts[name]]}
+
+
+def _in_pairs(counts: Mapping[str, int], roomy: Sequence[str]) -> Mapping[str, int]:
+    """Holds two of one character out where one of each of two was, if no two characters have two otherwise.
+
+    Args:
+        counts: how many pictures of each character validate.
+        roomy: characters that can give two, the first ones first.
+    """
+    single = [name for name in sorted(counts) if counts[name] == 1]
+    takers = [name for name in roomy if counts[name] == 1][: len(single) // 2]
+    there = sum(count > 1 for count in counts.values())
+    if there > 1 or there + len(takers) < 2:
+        return counts
+    givers = [name for name in single if name not in takers][: len(takers)]
+    return {**counts, **dict.fromkeys(givers, 0), **dict.fromkeys(takers, 2)}

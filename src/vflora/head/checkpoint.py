@@ -20,9 +20,8 @@ import torch
 from vflora.atomic import require_space, write_folder
 from vflora.checkpoint import find_checkpoint, list_checkpoints, verify_checkpoint
 from vflora.errors import UserError
-from vflora.models.projection_head import ProjectionHead, load_head, save_head
+from vflora.models.projection_head import HEAD_FILE, ProjectionHead, load_head, save_head
 
-HEAD_FILE = "identity_head.safetensors"
 LAST_HEAD_FILE = "identity_head_last.safetensors"
 _SPARE_BYTES = 16 << 20
 

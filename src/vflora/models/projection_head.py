@@ -20,6 +20,8 @@ from vflora.errors import UserError
 from vflora.models.foreign_heads import ForeignHead, read_torch_file, recognise
 
 METADATA_KEY = "vflora_head"
+HEAD_FILE = "identity_head.safetensors"
+"""What the head is called in a folder: the best one of a run, or that of a checkpoint."""
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
@@ -176,7 +178,7 @@ def find_head(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "identity_head.safetensors"
+        path = path / HEAD_FILE
     if path.is_file():
         return path
     sibling = path.with_suffix(".safetensors")

@@ -16,7 +16,7 @@ from vflora.atomic import write_folder
 from vflora.cli import parse
 from vflora.data import pack
 from vflora.errors import UserError
-from vflora.head.checkpoint import HEAD_FILE
+from vflora.models.projection_head import HEAD_FILE
 from vflora.world.stills import write_still_folder
 
 HEAD_STEPS = 300

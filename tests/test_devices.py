@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vflora.config import ModelConfig
-from vflora.devices import torch_device
+from vflora.devices import available_memory, limit_memory, torch_device
 from vflora.errors import UserError
 from vflora.world.pretrain import PretrainConfig
 
@@ -40,3 +40,24 @@ def test_every_command_reads_the_flag_with_the_same_function():
     source = Path(__file__).parents[1] / "src"
     others = [p.name for p in source.rglob("*.py") if '"cuda" if torch.cuda.is_available()' in p.read_text()]
     assert others == []
+
+
+def test_a_smaller_card_is_a_matter_of_gpus():
+    with pytest.raises(UserError, match="--card_gib 16 limits a CUDA GPU's memory, and this computes on cpu"):
+        limit_memory(torch.device("cpu"), 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["auto", "cuda:0"])
+def test_a_smaller_card_is_full_sooner(name):
+    device = torch_device(name)
+    with pytest.raises(UserError, match="at most the"):
+        limit_memory(device, 1e6)
+    try:
+        limit_memory(device, 1.0)
+        assert available_memory() <= 2**30
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**30 + 2**21, dtype=torch.uint8, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)

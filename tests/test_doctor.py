@@ -1,10 +1,12 @@
 import logging
+import re
 import shutil
 
 import pytest
 import torch
 
-from vflora.doctor import DoctorConfig, examine, judge_memory, run
+from vflora.cli import parse
+from vflora.doctor import DoctorConfig, Finding, examine, judge_memory, run, verdict
 from vflora.models.projection_head import HeadSpec, new_head, save_head
 from vflora.models.random_original import write_small_original
 from vflora.models.random_weights import small_dinov3_vit
@@ -105,6 +107,14 @@ def test_a_hub_name_that_was_never_fetched_is_named():
     assert "not on this machine yet" in found.what
 
 
+def test_a_folder_that_is_not_there_is_not_taken_for_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    found = {f.what.partition(":")[0]: f for f in examine(DoctorConfig(pipeline_dir="models/nothing-here"))}["model"]
+    assert found.level == "problem"
+    assert "there is nothing at models/nothing-here" in found.what
+
+
 @pytest.mark.parametrize(("free", "level"), [(50e9, "ok"), (1e9, "problem")])
 def test_a_disk_too_small_for_checkpoints_is_named(tmp_path, monkeypatch, free, level):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
@@ -112,14 +122,44 @@ def test_a_disk_too_small_for_checkpoints_is_named(tmp_path, monkeypatch, free, 
     assert found.level == level
 
 
-@pytest.mark.parametrize(("free", "level"), [(80, "ok"), (40, "warning"), (24, "problem"), (8, "problem")])
-def test_memory_is_judged_by_measured_needs(free, level):
-    assert judge_memory("accelerator: x", free).level == level
+@pytest.mark.parametrize(
+    ("free", "level", "words"),
+    [
+        (139, "ok", "every mode"),
+        (79, "ok", "fits as it is, and with --mode fast --id_decode_downsample_mode area"),
+        (40, "warning", "with --id_decode_downsample_mode area, or with --mode low_memory"),
+        (23.5, "warning", "fits with --mode low_memory"),
+        (17, "warning", "fits with --mode low_memory --id_decode_downsample_mode area"),
+        (15, "problem", "enough to generate, but training needs 16.5 GiB"),
+        (8, "problem", "generating needs 14, or --group_offloading true"),
+    ],
+)
+def test_memory_is_judged_by_measured_needs_and_the_mode_that_fits_is_named(free, level, words):
+    found = judge_memory("accelerator: x", free)
+    assert found.level == level
+    assert words in found.what
+
+
+def test_every_flag_that_is_advised_exists(train_flags):
+    for free in (139, 79, 57, 40, 23.5, 17, 15):
+        for words in re.findall(r"--[a-z_]+ \w+", judge_memory("x", free).what):
+            parse("train", [*train_flags, *words.split()])
+    parse("generate", ["--model_path", "x", "--prompt", "x", "--image_path", "x", "--group_offloading", "true"])
+
+
+def test_a_machine_that_was_not_looked_at_whole_is_not_said_to_train(machine):
+    *_, unseen = examine(DoctorConfig(output_dir=machine))
+    fine, problem = Finding("warning", "memory: little"), Finding("problem", "disk: full")
+    assert verdict([fine]) == "this machine can train"
+    assert verdict([fine, unseen]) == "nothing found that would stop a run, but not everything was looked at"
+    assert verdict([fine, unseen, problem]).startswith("fix what says PROBLEM (1)")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a machine without an accelerator")
 def test_problems_give_a_failing_exit_code(machine, caplog):
     caplog.set_level(logging.INFO)
     assert run(DoctorConfig(output_dir=machine)) == 1
-    assert "PROBLEM  accelerator" in caplog.text
-    assert "not looked at; give --pipeline_dir" in caplog.text
+    assert "PROBLEM  accelerator: no GPU that PyTorch can use, and on the CPU only small models train" in caplog.text
+    assert ("built without CUDA" if torch.version.cuda is None else "finds no GPU") in caplog.text
+    assert "not looked at; give --pipeline_dir to have it checked" in caplog.text
+    assert "fix what says PROBLEM (1) before you train" in caplog.text

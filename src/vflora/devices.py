@@ -1,4 +1,4 @@
-"""Which device a run computes on: the one reading of every `--device` flag."""
+"""Which device a run computes on, the one reading of every `--device` flag, and how much of its memory is ours."""
 
 from __future__ import annotations
 
@@ -27,6 +27,42 @@ def torch_device(name: str) -> torch.device:
     if device.type not in ("cpu", "meta") and (device.index or 0) >= _devices_here(device.type):
         raise UserError(f"--device {name} is not on this machine, or PyTorch cannot use it: write auto or cpu.")
     return device
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Leaves this process so much of a GPU's memory from now on, as a smaller card would.
+
+    Args:
+        device: a CUDA device; without a number, the present one.
+        gib: what PyTorch may hold on it, in GiB.
+
+    Raises:
+        UserError: as `share_of_memory`.
+    """
+    share = share_of_memory(device, gib)
+    torch.cuda.empty_cache()
+    # By its number: "cuda" alone, which most --device flags come to, has none, and this function then refuses it.
+    torch.cuda.set_per_process_memory_fraction(share, device.index)
+
+
+def share_of_memory(device: torch.device, gib: float) -> float:
+    """Returns how much of a CUDA device's memory `--card_gib` asks for, above 0 and at most 1.
+
+    Raises:
+        UserError: for another kind of device, or one that has less.
+    """
+    if device.type != "cuda":
+        raise UserError(f"--card_gib {gib:g} limits a CUDA GPU's memory, and this computes on {device}: leave it out.")
+    total = torch.cuda.get_device_properties(device).total_memory
+    if not 0 < gib * 2**30 <= total:
+        raise UserError(f"--card_gib {gib:g} must be above 0 and at most the {total / 2**30:.1f} GiB that are there.")
+    return gib * 2**30 / total
+
+
+def available_memory() -> int:
+    """Returns how many bytes of the present GPU's memory this process has or can have."""
+    free, total = torch.cuda.mem_get_info()
+    return min(free + torch.cuda.memory_reserved(), int(total * torch.cuda.get_per_process_memory_fraction()))
 
 
 def _devices_here(kind: str) -> int:

@@ -31,7 +31,7 @@ class GenerateConfig:
     video_length: int = 121
     """Frames, 4n+1."""
     num_frames: int | None = None
-    """The same; wins over video_length."""
+    """The same; wins over --video_length."""
     num_inference_steps: int | None = None
     """Sampling steps; without it, 50, or 8 for step-distilled models."""
     guidance_scale: float | None = None
@@ -73,9 +73,9 @@ class GenerateConfig:
     offloading: bool = True
     """Keep each model in main memory until it is its turn."""
     group_offloading: bool | None = None
-    """Bring in one layer at a time: least memory, slower."""
+    """Bring in one layer at a time instead of one model: least memory, slower."""
     overlap_group_offloading: bool = True
-    """With group_offloading, copy the next layer while the present one computes."""
+    """With --group_offloading, copy the next layer while the present one computes."""
     vae_tiling: bool = True
     """Decode videos larger than 256 x 256 in overlapping tiles."""
     enable_torch_compile: bool = False
@@ -87,11 +87,11 @@ class GenerateConfig:
     no_cache_block_id: str = "53"
     """Blocks that always compute."""
     cache_start_step: int = 11
-    """First step that may reuse, counted on a schedule of total_steps."""
+    """First step that may reuse, counted on a schedule of --total_steps."""
     cache_end_step: int = 45
     """Last step that may reuse, counted the same way."""
     total_steps: int = 50
-    """Length of the schedule that the two refer to; they scale with num_inference_steps."""
+    """Length of the schedule that the two refer to; they scale with --num_inference_steps."""
     cache_step_interval: int = 4
     """Everything is computed anew every so many steps."""
     use_sageattn: bool = False
@@ -102,7 +102,7 @@ class GenerateConfig:
     sr: bool = False
     """Refused: there is no super-resolution here."""
     save_pre_sr_video: bool = False
-    """Refused, as sr."""
+    """Refused, as --sr."""
     rewrite: bool = False
     """Refused: there is no prompt rewriting here."""
     sparse_attn: bool = False

@@ -40,3 +40,10 @@ def test_one_step_alone_is_refused():
 def test_guidance_away_from_the_prompt_is_refused():
     with pytest.raises(UserError, match="--guidance_scale -1 must not be negative"):
         BenchGenerateConfig(guidance_scale=-1)
+
+
+def test_a_smaller_card_that_is_none_is_refused_before_anything_is_built(caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(UserError, match="--card_gib 16 limits a CUDA GPU's memory"):
+        run(BenchGenerateConfig(size="small", frames=5, device="cpu", card_gib=16))
+    assert caplog.messages == []

@@ -28,7 +28,7 @@ from vflora import acceleration
 from vflora.bench.models import build_transformer, build_vae
 from vflora.bench.step import device_name
 from vflora.config import TORCH_DTYPES, Precision, require, require_frames, require_guidance
-from vflora.devices import torch_device
+from vflora.devices import limit_memory, share_of_memory, torch_device
 from vflora.models.random_weights import small_pipeline
 from vflora.random_streams import keyed_generator
 from vflora.resolution import TARGET_SIZES
@@ -71,6 +71,8 @@ class BenchGenerateConfig:
     """Precision of the weights."""
     device: str = "auto"
     """Where to compute: auto takes the accelerator if there is one, else the CPU."""
+    card_gib: float | None = None
+    """Let PyTorch have so much of the GPU's memory and no more, to see what a smaller card does."""
     output: Path | None = None
     """JSON file for all numbers."""
 
@@ -88,8 +90,12 @@ def run(config: BenchGenerateConfig) -> dict[str, Any]:
         UserError: for settings that cannot work.
     """
     device = torch_device(config.device)
+    if config.card_gib is not None:
+        share_of_memory(device, config.card_gib)  # refused now, and not when the models are built
     logger.info("building a pipeline of random weights (%s size)", config.size)
     pipeline = build_pipeline(config, device)
+    if config.card_gib is not None:  # random numbers are quickest drawn where there is room
+        limit_memory(device, config.card_gib)
     prepare_for_sampling(pipeline)
     if config.enable_cache:
         acceleration.cache_steps(

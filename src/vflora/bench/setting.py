@@ -29,6 +29,7 @@ from vflora.config import (
     require_frames,
 )
 from vflora.data.config import DataConfig
+from vflora.devices import limit_memory
 from vflora.distributed.divisible import require_divisible
 from vflora.distributed.processes import ALONE, World
 from vflora.distributed.sequence_parallel import enable_context_parallel
@@ -82,6 +83,8 @@ class BenchConfig:
     """Precision of the frozen weights."""
     device: str = "auto"
     """Where to compute."""
+    card_gib: float | None = None
+    """Let PyTorch have so much of the GPU's memory and no more, to see what a smaller card does."""
     steps: int = 4
     """Steps that are timed, after one that is not; the median counts. With reuse, whole rollouts are timed."""
     seed: int = 0
@@ -171,6 +174,8 @@ def build_setting(config: BenchConfig, speed: SpeedConfig, world: World = ALONE,
     """
     settings = _settings(config, speed)
     device, dtype = settings.model.torch_device(), TORCH_DTYPES[config.dtype]
+    if config.card_gib is not None:
+        limit_memory(device, config.card_gib)
     logger.info("building the VAE and the identity embedder (%s size, random weights)", config.size)
     vae = build_vae(config.size, dtype, device)
     embedder = build_embedder(config.size, dtype, device)

@@ -1,6 +1,5 @@
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -47,14 +46,6 @@ def config(output, **changes):
         "sampling_steps": 2,
     }
     return PretrainConfig(**{**usual, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_grader_batches():
-    """The grader learns from 64 characters a step, which no flag makes fewer; here from eight."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vflora.world.pretrain.train_grader", partial(train_grader, characters=8))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +131,18 @@ def test_a_base_without_a_vae_says_what_to_do(tmp_path):
 
 
 def test_the_grader_is_a_stage_of_its_own(tmp_path):
-    run(PretrainConfig(tmp_path / "world", stage="grader", max_steps=1, device="cpu"))
-    assert load_grader(tmp_path / "world" / "grader.safetensors").widths == Grader().widths
+    run(config(tmp_path / "world", stage="grader", batch_size=5, max_steps=1))
+    found, wanted = load_grader(tmp_path / "world" / "grader.safetensors"), train_grader(1, characters=5)
+    assert found.widths == Grader().widths
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(
+            found.state_dict()[name], value.half().to(value.dtype) if value.is_floating_point() else value
+        )
+
+
+def test_a_grader_of_too_few_characters_is_refused(tmp_path):
+    with pytest.raises(UserError, match="3 characters a step: --batch_size 4 or more"):
+        run(config(tmp_path, stage="grader", batch_size=3))
 
 
 def test_the_command_line_ends_with_one_sentence(tmp_path, capsys):

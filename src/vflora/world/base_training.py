@@ -40,6 +40,7 @@ class BaseTraining:
         splits: which geometric characters the clips show, in equal parts. With the 48 of true shape alone the model
             learns them by heart and turns every stranger into one of them at once; bent ones make it look at the
             first frame. Without a share of their own, the true ones would be one clip in forty.
+        clip_seed: of the clips and of the order in which they are drawn.
         loop: optimisation.
     """
 
@@ -47,6 +48,7 @@ class BaseTraining:
     pool: int = 49152
     blank_every: int = 10
     splits: tuple[Split, ...] = ("general", "train", "general")
+    clip_seed: int = 0
     loop: LoopSettings = LoopSettings(peak_lr=1e-3, muon_lr=1e-3, warmup_steps=500, weight_decay=0.01, ema_decay=0.9995)
 
 
@@ -110,7 +112,7 @@ def train_base(
         frames=sizes.frames,
         size=sizes.frame_size,
         device=device,
-        seed=seed,
+        seed=settings.clip_seed,
         splits=settings.splits,
     )
     StageRun(

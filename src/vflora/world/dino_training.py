@@ -93,7 +93,25 @@ def repaint(views: Tensor, paints: int, generator: Generator) -> Tensor:
 
 
 def augment(views: Tensor, generator: Generator) -> Tensor:
-    """Changes every view on its own: place, size and tilt, light, blur and noise.
+    """Changes every view on its own: place, size and tilt, and whatever `spoil` does.
+
+    Args:
+        views: [V, B, 3, H, W] in [-1, 1].
+        generator: on the device of the views.
+
+    Returns:
+        Same shape, in [-1, 1].
+    """
+    angle, zoom = _uniform(views, -0.35, 0.35, generator), _uniform(views, 0.75, 1.15, generator)
+    affine = torch.zeros(*views.shape[:2], 2, 3, device=views.device)
+    affine[..., 0, 0] = affine[..., 1, 1] = zoom * angle.cos()
+    affine[..., 0, 1], affine[..., 1, 0] = -zoom * angle.sin(), zoom * angle.sin()
+    affine[..., 2] = _uniform(views, -0.2, 0.2, generator, 2)
+    return spoil(_warp(views, affine), generator)
+
+
+def spoil(views: Tensor, generator: Generator) -> Tensor:
+    """Changes light, sharpness and grain of every view on its own, and leaves everything where it is.
 
     Blur and noise are in it because the embedder judges frames that a VAE decoded from unfinished latents.
 
@@ -104,23 +122,20 @@ def augment(views: Tensor, generator: Generator) -> Tensor:
     Returns:
         Same shape, in [-1, 1].
     """
-    shape, device = views.shape[:2], views.device
 
-    def uniform(low: float, high: float, *more: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, *more, generator=generator, device=device)
+    def uniform(low: float, high: float) -> Tensor:
+        return _uniform(views, low, high, generator)[..., None, None, None]
 
-    angle, zoom = uniform(-0.35, 0.35), uniform(0.75, 1.15)
-    affine = torch.zeros(*shape, 2, 3, device=device)
-    affine[..., 0, 0] = affine[..., 1, 1] = zoom * angle.cos()
-    affine[..., 0, 1], affine[..., 1, 0] = -zoom * angle.sin(), zoom * angle.sin()
-    affine[..., 2] = uniform(-0.2, 0.2, 2)
-    moved = _warp(views, affine)
-    light = uniform(0.8, 1.2)[..., None, None, None] * moved + uniform(-0.15, 0.15)[..., None, None, None]
+    light = uniform(0.8, 1.2) * views + uniform(-0.15, 0.15)
     blurred = F.avg_pool2d(light.flatten(0, 1), 3, stride=1, padding=1).view_as(light)
-    softness = (uniform(-0.5, 1.0).clamp(min=0))[..., None, None, None]
-    soft = torch.lerp(light, blurred, softness)
-    grain = torch.randn(soft.shape, generator=generator, device=device) * uniform(0, 0.12)[..., None, None, None]
+    soft = torch.lerp(light, blurred, uniform(-0.5, 1.0).clamp(min=0))
+    grain = torch.randn(soft.shape, generator=generator, device=soft.device) * uniform(0, 0.12)
     return (soft + grain).clamp(-1, 1)
+
+
+def _uniform(views: Tensor, low: float, high: float, generator: Generator, *more: int) -> Tensor:
+    """Draws a number for every view, [V, B, *more]."""
+    return low + (high - low) * torch.rand(*views.shape[:2], *more, generator=generator, device=views.device)
 
 
 def _warp(views: Tensor, affine: Tensor) -> Tensor:

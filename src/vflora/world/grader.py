@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
+from vflora.config import require
 from vflora.errors import UserError
 from vflora.random_streams import keyed_generator, keyed_seed
 from vflora.world.characters import Domain, split_ids
@@ -28,6 +29,7 @@ _FORMAT = "vflora world grader 2"
 _WIDTHS = (24, 48, 72, 96, 128)
 _OUTPUT = 128
 GRADER_STEPS = 2500
+GRADER_CHARACTERS = 64
 _PICTURES_PER_CHARACTER = 4
 _SETTLING_BATCHES = 8
 
@@ -76,7 +78,7 @@ def train_grader(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    characters: int = 64,
+    characters: int = GRADER_CHARACTERS,
     learning_rate: float = 1e-3,
 ) -> Grader:
     """Trains the grader with the supervised contrastive loss (arXiv:2004.11362) on pictures rendered on the fly.
@@ -92,7 +94,11 @@ def train_grader(
 
     Returns:
         The grader, frozen, on `device`.
+
+    Raises:
+        UserError: for fewer than 4 characters, of whom none would be geometric.
     """
+    require(characters >= 4, f"the grader cannot learn from {characters} characters a step: --batch_size 4 or more.")
     place = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -40,15 +40,24 @@ class Grades:
     true_limb_changes: Tensor
 
     def summary(self) -> dict[str, float]:
-        """Returns means over all videos; identity for the first and the last quarter of the frames."""
+        """Returns means over all videos; identity by quarters of the frames.
+
+        The first quarter begins with the given frame, which a model need only copy; `first_generated` are as many
+        frames after it.
+        """
         frames = self.rank.shape[1]
         quarter = max(1, frames // 4)
         numbers = {}
-        for name, part in (("first", slice(1, 1 + quarter)), ("last", slice(frames - quarter, frames))):
-            numbers[f"retrieval_{name}_quarter"] = float((self.rank[:, part] == 0).float().mean())
-            numbers[f"cosine_{name}_quarter"] = float(self.cosine[:, part].mean())
-            numbers[f"iou_{name}_quarter"] = float(self.iou[:, part].mean())
-            numbers[f"palette_error_{name}_quarter"] = float(self.palette_error[:, part].mean())
+        parts = {
+            "first_quarter": slice(0, quarter),
+            "first_generated": slice(1, 1 + quarter),
+            "last_quarter": slice(frames - quarter, frames),
+        }
+        for name, part in parts.items():
+            numbers[f"retrieval_{name}"] = float((self.rank[:, part] == 0).float().mean())
+            numbers[f"cosine_{name}"] = float(self.cosine[:, part].mean())
+            numbers[f"iou_{name}"] = float(self.iou[:, part].mean())
+            numbers[f"palette_error_{name}"] = float(self.palette_error[:, part].mean())
         numbers["direction_accuracy"] = float(self.direction_right.float().mean())
         numbers["path_ratio"] = float(self.path_ratio.mean())
         numbers["limb_ratio"] = float(self.limb_changes.mean() / self.true_limb_changes.mean().clamp_min(1e-6))

@@ -19,7 +19,7 @@ from vflora.world.base_training import BaseTraining, train_base
 from vflora.world.characters import Domain, Split
 from vflora.world.dino_training import DinoTraining, train_dino
 from vflora.world.gates import gate_clips, motion_gate, sample_videos, save_grid, vae_gate
-from vflora.world.grader import GRADER_STEPS, save_grader, train_grader
+from vflora.world.grader import GRADER_CHARACTERS, GRADER_STEPS, save_grader, train_grader
 from vflora.world.head_training import HEAD_STEPS, train_world_head
 from vflora.world.models import WorldSizes
 from vflora.world.training_loop import Clock
@@ -58,14 +58,16 @@ class PretrainConfig:
     device: str = "auto"
     """Where to train: auto takes the accelerator if there is one, else the CPU."""
     seed: int = 0
-    """Of everything that is random."""
+    """Of everything that is random but the base's clips."""
     batch_size: int = 0
-    """Samples per step, for head identities; 0 for the stage's own."""
+    """Samples per step, for head identities, for grader characters with 4 pictures each; 0 for the stage's own."""
     pool: int = 0
     """Clips held in memory, for dino stills per character, for head creatures; 0 for the stage's own."""
     base_split: Literal["train", "general"] = "general"
     """Whom the base sees: train, the 48 geometric characters of true shape; general, those for a third of the clips
     and the 1,920 with the bent ones for the rest."""
+    clip_seed: int = 0
+    """Of the base's clips: another one when it is trained further, and it sees new ones."""
     gate_clips: int = 128
     """Clips that the gates measure per domain."""
     sampling_steps: int = 30
@@ -134,11 +136,16 @@ def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:
                 seed=config.seed,
             )
         elif stage == "grader":
+            grader = train_grader(
+                config.max_steps or GRADER_STEPS,
+                device=device,
+                seed=config.seed,
+                characters=config.batch_size or GRADER_CHARACTERS,
+            )
             config.output.mkdir(parents=True, exist_ok=True)
-            grader = train_grader(config.max_steps or GRADER_STEPS, device=device, seed=config.seed)
             replace_file(config.output / "grader.safetensors", partial(save_grader, grader))
         else:
-            settings = BaseTraining()
+            settings = replace(BaseTraining(), clip_seed=config.clip_seed)
             if config.base_split == "train":
                 settings = replace(settings, splits=("train",))
             train_base(sizes, _sized(settings, config), **common)

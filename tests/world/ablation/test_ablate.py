@@ -53,7 +53,8 @@ def test_every_recipe_arm_is_a_command_line_that_training_accepts(tmp_path):
             settings = parse("train", arm._flags(lab, chosen, tmp_path, 0)).flat()
             differing = {key for key in settings if settings[key] != plain[key]}
             assert bool(differing) == (name != "recipe")
-            assert differing <= {flag[2:] for flag in chosen.flags if flag.startswith("--")} | {"wds_root"}
+            asked = {flag[2:] for flag in chosen.flags if flag.startswith("--")} | {"wds_root"}
+            assert differing <= asked | ({"dino_model_dir", "dino_head_path"} if chosen.place_bound else set())
 
 
 def test_a_file_of_flags_changes_the_recipe_of_every_arm(tmp_path):

@@ -21,6 +21,7 @@ def marks(identity, path=1.0, loss=0.2, **more):
     return {
         "cosine_last_quarter": identity,
         "retrieval_first_quarter": 0.6,
+        "retrieval_first_generated": 0.5,
         "retrieval_last_quarter": identity / 2,
         "path_ratio": path,
         "direction_accuracy": 0.95,
@@ -33,7 +34,8 @@ def marks(identity, path=1.0, loss=0.2, **more):
 @pytest.fixture
 def output(tmp_path):
     """Two seeds of four arms, on disk as `vflora world arm` leaves them."""
-    own = {"own_domain/retrieval_first_quarter": 0.9, "own_domain/direction_accuracy": 0.97}
+    own = {"own_domain/retrieval_first_quarter": 0.9, "own_domain/retrieval_first_generated": 0.8}
+    own["own_domain/direction_accuracy"] = 0.97
     for seed in (0, 1):
         numbers = {
             "base": marks(0.4 + 0.1 * seed, **own),

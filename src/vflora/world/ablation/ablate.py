@@ -21,6 +21,7 @@ from vflora.errors import UserError
 from vflora.settings import flat_settings
 from vflora.world.ablation.arm import RESULT, arm_folder
 from vflora.world.ablation.arms import ARMS, arm_named
+from vflora.world.ablation.embedders import embedder_sights, sight_table
 from vflora.world.ablation.lab import LabConfig, prepare
 from vflora.world.ablation.pictures import draw_grid, draw_plot
 from vflora.world.ablation.summary import gate_table, gates, read_results, table
@@ -68,7 +69,7 @@ def run(settings: AblateSettings) -> Path:
     lab, config = settings.lab, settings.ablate
     lab.output.mkdir(parents=True, exist_ok=True)
     _require_same_lab(lab)
-    prepare(lab)
+    prepare(lab, place_bound=any(arm_named(arm).place_bound for arm in config.arms))
     # seeds outside, so that an ablation that is stopped early has compared all arms
     wanted = [(arm, seed) for seed in range(config.seeds) for arm in config.arms]
     open_jobs = [job for job in wanted if not (arm_folder(lab, *job) / RESULT).exists()]
@@ -80,11 +81,16 @@ def run(settings: AblateSettings) -> Path:
 
 
 def write_report(lab: LabConfig) -> Path:
-    """Writes table, gates, plot and grid of everything that is finished."""
+    """Writes table, gates, what the embedder sees, plot and grid of everything that is finished."""
     results = read_results(lab.output)
     found = gates(results)
-    text = f"{table(results)}\n{gate_table(found)}"
-    record = {"gates": [asdict(gate) for gate in found], "results": results}
+    sights = embedder_sights(lab)
+    text = f"{table(results)}\n{gate_table(found)}\n{sight_table(sights)}"
+    record = {
+        "gates": [asdict(gate) for gate in found],
+        "embedders": {name: asdict(sight) for name, sight in sights.items()},
+        "results": results,
+    }
     replace_file(lab.output / "results.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     replace_file(lab.output / "results.md", lambda path: path.write_text(text))
     draw_plot(results, lab.output / "plot.png")

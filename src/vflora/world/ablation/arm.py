@@ -59,7 +59,7 @@ def run(settings: ArmSettings) -> Path:
     result = folder / RESULT
     if result.exists():
         return result
-    prepare(lab)
+    prepare(lab, place_bound=arm.place_bound)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     adapter = _train(lab, arm, folder, seed)
@@ -102,14 +102,20 @@ def _flags(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> list[str]:
     """The command line of `vflora train`: the package's defaults but for size, length and learning rate."""
     world = str(lab.world_folder)
     flags = ["--config", str(lab.recipe)] if lab.recipe else []
-    flags += ["--pipeline_dir", world, "--dino_model_dir", f"{world}/dino", "--dino_head_path", str(lab.head_folder)]
+    embedder = str(lab.place_bound_folder) if arm.place_bound else world
+    flags += ["--pipeline_dir", world, "--dino_model_dir", f"{embedder}/dino", "--dino_head_path", f"{embedder}/head"]
     flags += ["--wds_root", str(lab.data_root(mixed=arm.mixed)), "--metadata_key", "character"]
     flags += ["--prompt_bank", str(resources.files("vflora.world") / "prompts.yaml"), "--condition_lookahead", "32"]
+    # Arms of one seed see the same pictures with the same prompts: who comes first encodes them for all.
+    flags += ["--condition_cache", str(lab.output / "shared" / "conditions")]
     flags += ["--train_target_resolution", "64x64", "--dtype", lab.dtype, "--device", lab.device]
     flags += ["--max_train_steps", str(lab.steps), "--warmup_steps", str(lab.steps // 20), "--seed", str(seed)]
     flags += ["--learning_rate", str(lab.learning_rate), "--batch_size", str(lab.batch_size)]
     # One process less to start: a picture of 64 x 64 is read in no time.
     flags += ["--num_workers", "0", "--secondary_cache_max_size", "512"]
+    if lab.torch_device().type == "cuda":
+        # The same kernels, but for the order of sums; models this small wait for Python most of the time.
+        flags += ["--rollout_graphs", "true", "--student_graphs", "true"]
     flags += ["--output_dir", str(folder / "lora"), "--save_every_steps", str(lab.steps), "--log_every_steps", "1"]
     flags += ["--logger", "none", "--resume_from_checkpoint", "auto"]
     return [*flags, *arm.flags]

@@ -20,6 +20,7 @@ class Arm:
         flags: of `vflora train`, on top of those that all arms share.
         still: for flow matching: the clips are their first frame, repeated.
         mixed: train on pictures whose names are those of many characters at once.
+        place_bound: the identity loss sees through an embedder to which a creature that has moved is somebody else.
     """
 
     title: str
@@ -27,6 +28,7 @@ class Arm:
     flags: tuple[str, ...] = ()
     still: bool = False
     mixed: bool = False
+    place_bound: bool = False
 
 
 ARMS: dict[str, Arm] = {
@@ -37,14 +39,20 @@ ARMS: dict[str, Arm] = {
     "distillation": Arm("distillation only", flags=("--lambda_id", "0")),
     "recipe": Arm("the recipe"),
     "shuffled": Arm("recipe, references shuffled", flags=("--p_secondary", "1"), mixed=True),
+    "identity_placed": Arm("identity only, place-bound", flags=("--lambda_distill", "0"), place_bound=True),
+    "recipe_placed": Arm("the recipe, place-bound", place_bound=True),
     "reuse": Arm("+ trajectory reuse 4", flags=("--trajectory_reuse", "4")),
     "guided": Arm("+ guidance 3 in rollouts", flags=("--rollout_guidance_scale", "3")),
+    "guided_stride": Arm(
+        "+ guidance 3, stride 2 in rollouts", flags=("--rollout_guidance_scale", "3", "--rollout_stride", "2")
+    ),
     "hinge": Arm("+ hinge 0.1", flags=("--id_margin", "0.1")),
     "sigma": Arm("+ t_deep at sigma 0.15 to 0.45", flags=("--id_sigma_low", "0.15", "--id_sigma_high", "0.45")),
     "on_policy": Arm("+ on-policy identity points", flags=("--id_on_policy", "0.5")),
     "secondary": Arm("+ another picture as anchor", flags=("--p_secondary", "0.5")),
 }
-"""In the order of the table. `base` is what the others are compared with, `oracle` what they could at best become."""
+"""In the order of the table. `base` is what the others are compared with, `oracle` what they could at best become.
+Guidance asks the teacher twice; at every second point of the rollout only, that costs no more than the recipe."""
 
 
 def arm_named(name: str) -> Arm:

@@ -14,7 +14,8 @@ import torch
 from vflora.atomic import write_folder
 from vflora.config import require
 from vflora.devices import torch_device
-from vflora.head.checkpoint import HEAD_FILE
+from vflora.models.projection_head import HEAD_FILE
+from vflora.world.ablation.place_bound import train_place_bound
 from vflora.world.characters import Domain
 from vflora.world.grader import load_grader
 from vflora.world.head_training import pack_stills
@@ -91,9 +92,18 @@ class LabConfig:
         """Where the identity head is, which all arms share."""
         return self.world_folder / "head"
 
+    @property
+    def place_bound_folder(self) -> Path:
+        """Where the place-bound DINOv3 and its head are, for the arms that have it."""
+        return self.output / "shared" / "place-bound"
 
-def prepare(lab: LabConfig) -> None:
+
+def prepare(lab: LabConfig, *, place_bound: bool = False) -> None:
     """Draws the pictures, packs them, and lines everybody up for the grader: once.
+
+    Args:
+        lab: what all arms share.
+        place_bound: train the place-bound embedder too.
 
     Raises:
         UserError: for settings that the parts refuse, or a world without a head.
@@ -108,6 +118,8 @@ def prepare(lab: LabConfig) -> None:
     _once(lab.data_root(mixed=False), lambda to: pack_stills(plain, to))
     _once(lab.data_root(mixed=True), lambda to: pack_stills(mixed, to))
     _once(lab.lineup_file("creatures").parent, lambda to: _line_up(lab, to))
+    if place_bound:
+        _once(lab.place_bound_folder, lambda to: train_place_bound(lab.world_folder, to, device=lab.torch_device()))
 
 
 def _once(target: Path, fill: Callable[[Path], object]) -> None:

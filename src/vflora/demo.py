@@ -17,6 +17,7 @@ from pathlib import Path
 from vflora import compare, export, train
 from vflora.cli import parse
 from vflora.errors import UserError
+from vflora.run_folder import finished
 from vflora.world.grader import load_grader
 from vflora.world.head_training import fit_head, pack_stills
 from vflora.world.stills import write_still_folder
@@ -109,7 +110,8 @@ def run(config: DemoConfig) -> Path:
     flags += ["--learning_rate", "2.5e-3", "--lambda_id", "2.0", "--p_secondary", "0.5", "--num_workers", "0"]
     flags += ["--rollout_guidance_scale", "3", "--rollout_stride", "2"]
     flags += ["--seed", str(config.seed)]
-    checkpoint = train.run(parse("train", flags))
+    train.run(parse("train", flags))
+    checkpoint = finished(here / "lora", config.train_steps)
 
     _announce("5/6", "exporting the adapter")
     adapter = here / "adapter"

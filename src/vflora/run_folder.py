@@ -32,6 +32,24 @@ def reserved(run: RunConfig) -> Iterator[None]:
         yield
 
 
+def finished(output_dir: Path, steps: int) -> Path:
+    """Returns the last checkpoint of a training, for a program that builds on it.
+
+    A training that is asked to stop saves and returns; whoever asked meant the program around it too.
+
+    Args:
+        output_dir: of `vflora train` or `vflora train-head`.
+        steps: how many were wanted.
+
+    Raises:
+        KeyboardInterrupt: if it stopped before.
+    """
+    there = list_checkpoints(output_dir)
+    if not there or there[-1].name != f"checkpoint-{steps}":
+        raise KeyboardInterrupt
+    return there[-1]
+
+
 def require_writable(folder: Path, flag: str) -> Path:
     """Refuses a folder that cannot be made or written to.
 

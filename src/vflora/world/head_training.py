@@ -17,6 +17,7 @@ from vflora.cli import parse
 from vflora.data import pack
 from vflora.errors import UserError
 from vflora.models.projection_head import HEAD_FILE
+from vflora.run_folder import finished
 from vflora.world.stills import write_still_folder
 
 HEAD_STEPS = 300
@@ -66,6 +67,7 @@ def fit_head(dino: Path, data: Path, output: Path, *, steps: int, identities: in
     flags += ["--val_every", str(steps), "--learning_rate", "1e-3", "--proj_dims", "128", "64"]
     flags += ["--model_dtype", "fp32", "--seed", str(seed)]
     train_head.run(parse("train-head", flags))
+    finished(output, steps)
 
 
 def pack_stills(pictures: Path, output: Path, *, size: int = 64) -> None:

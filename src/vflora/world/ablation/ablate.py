@@ -117,11 +117,15 @@ def _run_jobs(lab: LabConfig, jobs: list[tuple[str, int]], at_once: int) -> list
     failed = []
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), desc="arms", unit="arm") as bar:
         running = {pool.submit(_run_job, lab, *job, environment(n, cores)): job for n, job in enumerate(jobs)}
-        for done in as_completed(running):
-            if done.result():
-                failed.append(running[done])
-            bar.update()
-            bar.set_postfix(last="-".join(map(str, running[done])), failed=len(failed))
+        try:
+            for done in as_completed(running):
+                if done.result():
+                    failed.append(running[done])
+                bar.update()
+                bar.set_postfix(last="-".join(map(str, running[done])), failed=len(failed))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # the arms at work had the same Ctrl-C; no other may begin
+            raise
     return failed
 
 

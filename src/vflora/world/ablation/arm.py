@@ -15,6 +15,7 @@ from vflora import train
 from vflora.atomic import replace_file
 from vflora.cli import parse
 from vflora.config import require
+from vflora.run_folder import finished
 from vflora.world.ablation.arms import Arm, arm_named
 from vflora.world.ablation.exam import examine
 from vflora.world.ablation.finetune import finetune
@@ -94,8 +95,9 @@ def _train(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> Path | None:
         adapter = folder / "adapter.safetensors"
         return adapter if adapter.exists() else finetune(lab, adapter, still=arm.still, seed=seed)
     last = folder / "lora" / f"checkpoint-{lab.steps}"
-    checkpoint = last if last.exists() else train.run(parse("train", _flags(lab, arm, folder, seed)))
-    return checkpoint / "lora"
+    if not last.exists():
+        train.run(parse("train", _flags(lab, arm, folder, seed)))
+    return finished(folder / "lora", lab.steps) / "lora"
 
 
 def _flags(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> list[str]:

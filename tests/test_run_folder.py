@@ -1,0 +1,27 @@
+import os
+import signal
+
+import pytest
+
+import vflora.train
+from vflora.cli import parse
+from vflora.run_folder import finished
+from vflora.train import run
+
+
+def test_who_builds_on_a_training_that_was_stopped_ends_with_it(train_flags, tmp_path, monkeypatch):
+    learn = vflora.train.learn
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return learn(*arguments)
+
+    monkeypatch.setattr(vflora.train, "learn", stopped)
+    run(parse("train", train_flags))
+    with pytest.raises(KeyboardInterrupt):
+        finished(tmp_path / "run", 4)
+    monkeypatch.setattr(vflora.train, "learn", learn)
+    last = run(parse("train", [*train_flags, "--resume_from_checkpoint", "latest"]))
+    assert finished(tmp_path / "run", 4) == last
+    with pytest.raises(KeyboardInterrupt):
+        finished(tmp_path / "nothing", 4)

@@ -1,4 +1,5 @@
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -33,6 +34,8 @@ diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+# A line for each tensor that is saved would bury what a failed test has to say.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.INFO)
 
 
 def pytest_collection_modifyitems(items):

@@ -195,10 +195,17 @@ class Browser:
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory):
+def opened_browser(tmp_path_factory):
     if COMMAND is None:
         assert "CI" not in os.environ, "the page has to be tested in a browser: install chromium"
         pytest.skip("chromium is not installed, so the page is not tested in a browser")
     opened = Browser(tmp_path_factory.mktemp("profile"))
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="module")
+def browser(opened_browser):
+    """The browser, on an empty page when a module is done: a page of films would play them beside all later tests."""
+    yield opened_browser
+    opened_browser.open("about:blank", width=100, height=100)

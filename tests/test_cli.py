@@ -94,6 +94,16 @@ def test_the_saved_settings_are_a_config_file(train_flags, tmp_path):
     assert parse("train", ["--config", str(tmp_path / "saved.yaml")]) == settings
 
 
+@pytest.mark.parametrize(("words", "code"), [(["world", "--help"], 0), (["world"], 2), (["world", "nothing"], 2)])
+def test_a_family_of_commands_lists_its_own(capsys, words, code):
+    assert main(words) == code
+    shown = capsys.readouterr().out
+    assert "vflora world COMMAND --help" in shown
+    assert "world ablate" in shown
+    assert "train-head" not in shown
+    assert ("no command 'world nothing'" in shown) == ("nothing" in words)
+
+
 def test_overview_lists_every_command(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -102,9 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, rest = _split_command(words)
     if name is None:
-        asked = not words or words[0] in ("-h", "--help")
-        print(_overview() if asked else f"vflora: no command {' '.join(words[:2])!r}\n\n{_overview()}")
-        return 0 if asked and words else 2
+        family, rest = (words[0], words[1:]) if words and _family(words[0]) else ("", words)
+        asked = not rest or rest[0] in ("-h", "--help")
+        complaint = "" if asked else f"vflora: no command {' '.join(words[:2])!r}\n\n"
+        print(complaint + _overview(family))
+        return 0 if asked and rest else 2
     try:
         return run_command(name, rest) or 0
     except UserError as error:
@@ -186,12 +188,20 @@ def _split_command(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+def _family(word: str) -> dict[str, Command]:
+    """Returns the commands whose first of two words this is."""
+    return {name: command for name, command in COMMANDS.items() if name.startswith(f"{word} ")}
+
+
+def _overview(family: str) -> str:
+    """Lists a family of commands, or all of them."""
+    listed = _family(family) or COMMANDS
+    width = max(map(len, listed)) + 2
+    lines = [f"  {name:<{width}}{command.summary}" for name, command in listed.items()]
+    usage = " ".join(filter(None, ["vflora", family, "COMMAND"]))
     return "\n".join(
         [
-            "usage: vflora COMMAND [flags]      (vflora COMMAND --help lists the flags)",
+            f"usage: {usage} [flags]      ({usage} --help lists the flags)",
             "",
             "Video-Free LoRA: teaches an image-to-video model new characters from stills.",
             "",

@@ -56,6 +56,14 @@ def test_packs_folders_into_a_data_set_that_opens(folder):
         assert labels == data.counts
 
 
+@pytest.mark.parametrize(("fit", "enlarged"), [("crop", 17), ("pad", 0)])
+def test_pictures_that_had_to_be_enlarged_are_told(folder, fit, enlarged):
+    """They are 60x90: to fill 48x96 they grow, on a white sheet of that size they need not."""
+    summary = run(config(folder, resolution="48x96", fit=fit))
+    assert summary.enlarged == enlarged
+    assert any("17 pictures that are smaller than 48x96" in line for line in summary.lines()) == (enlarged > 0)
+
+
 def test_metadata_and_manifests_serve_both_trainings(folder):
     run(config(folder))
     with tarfile.open(folder.parent / "out/data/train/train-000000.tar") as tar:

@@ -104,12 +104,13 @@ class PackConfig:
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What came out: size, pictures by split and character, and what was left out."""
+    """What came out: size, pictures by split and character, what was left out, and how many had to be enlarged."""
 
     size: tuple[int, int]
     counts: Mapping[str, Mapping[str, int]]
     duplicates: int
     unreadable: Mapping[str, str]
+    enlarged: int
 
     def lines(self) -> list[str]:
         """Returns the summary as text."""
@@ -119,6 +120,11 @@ class PackSummary:
         for split, counts in self.counts.items():
             text.append(f"  {split:5} {sum(counts.values()):7} pictures, {len(counts)} characters")
         text.append(f"  left out: {self.duplicates} near-duplicates, {len(self.unreadable)} unreadable")
+        if self.enlarged:
+            text.append(
+                f"  enlarged: {self.enlarged} pictures that are smaller than {self.size[0]}x{self.size[1]}; the LoRA "
+                "learns their softness too: get larger ones, or pack at a lower --resolution"
+            )
         return text
 
 
@@ -128,6 +134,7 @@ class _Prepared:
     key: str
     hash: int
     pixels: int
+    enlarged: bool
 
 
 def run(config: PackConfig) -> PackSummary:
@@ -183,7 +190,8 @@ def _pack(config: PackConfig, sources: list[Source], work: Path, finished: Path)
             name: sum(characters[key] == name for key in keys) for name in sorted({characters[key] for key in keys})
         }
         write_manifest(manifest_path(finished, split), config.metadata_key, counts[split], numbers)
-    return PackSummary(size, counts, len(prepared) - len(characters), dict(faults.faults))
+    enlarged = sum(row.enlarged and row.key in characters for _, row in prepared)
+    return PackSummary(size, counts, len(prepared) - len(characters), dict(faults.faults), enlarged)
 
 
 def _each(
@@ -219,7 +227,9 @@ def _prepare(config: PackConfig, source: Source, size: tuple[int, int], spool: P
     image = fit(original, size, config.fit)
     key = sample_key(source.character, data)
     (spool / key).write_bytes(encode(image, config.image_format, config.quality))
-    return _Prepared(source, key, perceptual_hash(image), original.width * original.height)
+    scales = size[0] / original.height, size[1] / original.width
+    enlarged = (max if config.fit == "crop" else min)(scales) > 1
+    return _Prepared(source, key, perceptual_hash(image), original.width * original.height, enlarged)
 
 
 def sample_key(character: str, data: bytes) -> str:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from vflora.cli import main, parse
+from vflora.demo import world_folder
 from vflora.errors import UserError
 from vflora.folder_lock import held
 from vflora.models.loading import load_vae
@@ -346,6 +347,13 @@ def test_bad_settings_get_a_sentence_and_code_2(train_flags, tmp_path, capsys, c
     assert sentence in message
     assert "Traceback" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_size_that_is_no_whole_number_of_patches_is_refused(train_flags, capsys):
+    """The world's transformer takes latents in patches of two by two; the full model's takes them one by one."""
+    flags = ["--pipeline_dir", str(world_folder()), "--train_target_resolution", "60x64"]
+    assert main(["train", *train_flags, *flags]) == 2
+    assert "--train_target_resolution 60x64 does not divide by 8: use 64x64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "image_encoder"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from vflora.data.schema import DataSet
 from vflora.flow import sampling_sigmas
 from vflora.models.conditions import ConditionEncoder
-from vflora.models.loading import load_shift, load_vae
+from vflora.models.loading import load_patch_size, load_shift, load_vae
 from vflora.resolution import clip_size, latent_shape
 from vflora.rollout import deep_indices
 from vflora.settings import TrainSettings
@@ -53,7 +53,8 @@ class Clips:
         sigmas = noise_levels(settings)
         logger.info("loading the VAE")
         vae = load_vae(model.pipeline_dir, dtype, device)
-        size = clip_size(settings.rollout.train_target_resolution, dataset.size, vae.spatial_compression_ratio)
+        divisor = vae.spatial_compression_ratio * load_patch_size(model.pipeline_dir, model.transformer_version)
+        size = clip_size(settings.rollout.train_target_resolution, dataset.size, divisor)
         encoder = ConditionEncoder(
             model.pipeline_dir,
             vae,

@@ -20,7 +20,7 @@ def clip_size(target: str, image_size: tuple[int, int], divisor: int) -> tuple[i
     Args:
         target: 480p or 720p, for the pipeline's bucket with the pictures' aspect ratio, or HEIGHTxWIDTH.
         image_size: height and width of the pictures.
-        divisor: pixels per latent.
+        divisor: pixels per token.
 
     Raises:
         UserError: if the target is none of these or does not divide.

@@ -134,6 +134,16 @@ def load_transformer(
     return transformer
 
 
+def load_patch_size(pipeline_dir: str, transformer_version: str) -> int:
+    """Returns the side of the transformer's patches, in latents.
+
+    Raises:
+        UserError: if the folder is missing or no pipeline.
+    """
+    transformer, _ = open_transformer(pipeline_dir, transformer_version, torch.float32)
+    return transformer.config.patch_size
+
+
 def load_vae(pipeline_dir: str, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLHunyuanVideo15:
     """Loads the frozen video VAE.
 

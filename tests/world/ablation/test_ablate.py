@@ -1,12 +1,16 @@
 """The real arms on the world that ships, with as little of everything as shows that the parts fit."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+import vflora.train
 from vflora.cli import parse
 from vflora.errors import UserError
 from vflora.world.ablation import ablate, arm
@@ -79,6 +83,39 @@ def test_a_world_without_a_head_is_refused_before_anything_is_drawn(tmp_path):
     with pytest.raises(UserError, match="no identity head in .*vflora world pretrain --stage head"):
         prepare(LabConfig(output=tmp_path / "lab", world=tmp_path))
     assert not (tmp_path / "lab").exists()
+
+
+def test_after_a_ctrl_c_no_other_arm_begins(tmp_path, monkeypatch):
+    begun = []
+
+    def job(lab, name, seed, own):
+        begun.append(name)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # an arm takes a moment to save and go
+        return 130
+
+    monkeypatch.setattr(ablate, "_run_job", job)
+    with pytest.raises(KeyboardInterrupt):
+        ablate._run_jobs(LabConfig(output=tmp_path), [("base", 0), ("recipe", 0), ("oracle", 0)], 1)
+    assert begun == ["base"]
+
+
+def test_an_arm_that_was_told_to_stop_is_not_graded(tmp_path, monkeypatch):
+    monkeypatch.setattr("vflora.world.ablation.lab._line_up", lambda *_: None)  # nobody gets as far as the exam
+    learn = vflora.train.learn
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return learn(*arguments)
+
+    monkeypatch.setattr(vflora.train, "learn", stopped)
+    (tmp_path / "quick.yaml").write_text("train_video_length: 5\nnum_inference_steps: 4\n")
+    flags = ["--arm", "recipe", "--output", str(tmp_path / "lab"), *TINY, "--recipe", str(tmp_path / "quick.yaml")]
+    with pytest.raises(KeyboardInterrupt):
+        arm.run(parse("world arm", [*flags, "--steps", "2"]))
+    folder = tmp_path / "lab" / "arms" / "recipe-0"
+    assert (folder / "lora" / "checkpoint-1").is_dir()
+    assert not (folder / "result.json").exists()
 
 
 def test_several_gpus_are_taken_in_turn_and_those_that_are_hidden_stay_so(monkeypatch):

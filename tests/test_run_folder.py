@@ -5,7 +5,8 @@ import pytest
 
 import vflora.train
 from vflora.cli import parse
-from vflora.run_folder import finished
+from vflora.errors import UserError
+from vflora.run_folder import finished, reserved
 from vflora.train import run
 
 
@@ -25,3 +26,15 @@ def test_who_builds_on_a_training_that_was_stopped_ends_with_it(train_flags, tmp
     assert finished(tmp_path / "run", 4) == last
     with pytest.raises(KeyboardInterrupt):
         finished(tmp_path / "nothing", 4)
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
+    with reserved(tmp_path / "run", None):
+        (tmp_path / "run" / "checkpoint-3").mkdir()
+    with (
+        pytest.raises(UserError, match=r"already holds a run \(checkpoint-3\).*--resume_from_checkpoint latest"),
+        reserved(tmp_path / "run", None),
+    ):
+        pass
+    with reserved(tmp_path / "run", "auto"):
+        pass

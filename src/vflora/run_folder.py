@@ -8,25 +8,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vflora.checkpoint import list_checkpoints
-from vflora.config import RunConfig, require
+from vflora.config import require
 from vflora.errors import UserError
 from vflora.folder_lock import held
 
 
 @contextmanager
-def reserved(run: RunConfig) -> Iterator[None]:
+def reserved(output_dir: Path, resume_from_checkpoint: str | None) -> Iterator[None]:
     """Keeps the folder of a run, and refuses one that could not write, or would write over another, ended or at work.
+
+    Args:
+        output_dir: of `vflora train` or `vflora train-head`.
+        resume_from_checkpoint: what the run goes on from; None for a new one.
 
     Raises:
         UserError: with the way out.
     """
-    require_writable(run.output_dir, "--output_dir")
-    with held(run.output_dir, "--output_dir"):
+    require_writable(output_dir, "--output_dir")
+    with held(output_dir, "--output_dir"):
         # Not before it is held: another run may have ended just now.
-        there = list_checkpoints(run.output_dir)
-        if there and not run.resume_from_checkpoint:
+        there = list_checkpoints(output_dir)
+        if there and not resume_from_checkpoint:
             raise UserError(
-                f"{run.output_dir} already holds a run ({there[-1].name}): go on with --resume_from_checkpoint latest, "
+                f"{output_dir} already holds a run ({there[-1].name}): go on with --resume_from_checkpoint latest, "
                 "or choose another --output_dir."
             )
         yield

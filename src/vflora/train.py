@@ -54,8 +54,9 @@ def opened(settings: TrainSettings) -> Iterator[Run]:
     Raises:
         UserError: for whatever is wrong with the settings, the data, the models or the checkpoint.
     """
+    place = settings.run.output_dir, settings.run.resume_from_checkpoint
     with joined(settings.distributed.sp_size, settings.model.torch_device()) as world, ExitStack() as closing:
-        world.from_main(lambda: closing.enter_context(reserved(settings.run)))
+        world.from_main(lambda: closing.enter_context(reserved(*place)))
         training = set_up(settings, world)
         tracer = _tracer(training)
         log = _open_log(training)

@@ -26,7 +26,6 @@ from vflora.data.augment import VaeRoundTrip
 from vflora.data.identities import HeadLoader, IdentityIndex
 from vflora.distributed.processes import World
 from vflora.errors import NonFiniteError
-from vflora.folder_lock import held
 from vflora.head.checkpoint import LAST_HEAD_FILE, HeadState, save_state, starting_point
 from vflora.head.config import HeadConfig
 from vflora.head.learning import Learner
@@ -36,7 +35,7 @@ from vflora.head.validation_set import validation_features
 from vflora.models.identity import FrozenBackbone
 from vflora.models.projection_head import HEAD_FILE, HeadSpec, ProjectionHead, new_head, save_head
 from vflora.random_streams import keyed_generator
-from vflora.run_folder import require_writable
+from vflora.run_folder import reserved
 from vflora.run_log import RunLog
 from vflora.settings import flat_settings
 from vflora.stopping import stop_requests
@@ -55,7 +54,7 @@ def run(config: HeadConfig) -> Path:
     accelerator = Accelerator(mixed_precision="no")
     world = World(accelerator.process_index, accelerator.num_processes)
     with ExitStack() as closing:
-        world.from_main(lambda: _reserve(config.output_dir, closing))
+        world.from_main(lambda: closing.enter_context(reserved(config.output_dir, config.resume_from_checkpoint)))
         training = _set_up(config, accelerator)
         try:
             with stop_requests() as stop_requested:
@@ -150,12 +149,6 @@ class _Training:
             return wish
         flag = torch.tensor([float(wish)], device=self.accelerator.device)
         return cast(torch.Tensor, self.accelerator.reduce(flag)).item() > 0
-
-
-def _reserve(folder: Path, closing: ExitStack) -> None:
-    """Holds the folder until `closing` closes."""
-    require_writable(folder, "--output_dir")
-    closing.enter_context(held(folder, "--output_dir"))
 
 
 def _set_up(config: HeadConfig, accelerator: Accelerator) -> _Training:

@@ -63,6 +63,12 @@ def test_the_step_of_a_training_is_measured_on_its_own_models_and_leaves_its_fol
     assert sorted(trained_run.rglob("*")) == before
 
 
+def test_a_smaller_card_is_not_passed_over_with_a_trainings_own_models(trained_run):
+    config = BenchConfig(**SMALL | {"device": "cpu", "card_gib": 16})
+    with pytest.raises(UserError, match="--card_gib 16 limits a CUDA GPU's memory"):
+        accuracy.run(BenchAccuracySettings(AccuracyConfig(trained_run / "checkpoint-4" / "config.yaml"), config))
+
+
 def test_a_training_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is no file: name the config.yaml of a checkpoint"):
         accuracy.run(BenchAccuracySettings(AccuracyConfig(tmp_path / "no.yaml"), BenchConfig(**SMALL)))

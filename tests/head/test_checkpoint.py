@@ -49,12 +49,10 @@ def test_only_the_newest_are_kept(tmp_path, state):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
 
-def test_a_new_run_does_not_mix_with_an_old_one(tmp_path, state):
+def test_auto_goes_on_where_there_is_something_to_go_on_from(tmp_path, state):
     assert starting_point(None, tmp_path, SETTINGS) is None
     assert starting_point("auto", tmp_path, SETTINGS) is None
     save_state(state, tmp_path, None)
-    with pytest.raises(UserError, match=r"already holds a run \(checkpoint-3\).*--resume_from_checkpoint latest"):
-        starting_point(None, tmp_path, SETTINGS)
     assert starting_point("latest", tmp_path, SETTINGS).step == 3
     assert starting_point("auto", tmp_path, SETTINGS).step == 3
 

@@ -18,7 +18,7 @@ from vflora.atomic import replace_file
 from vflora.bench.setting import BenchConfig, Setting, build_setting
 from vflora.cli import parse
 from vflora.config import require
-from vflora.devices import torch_device
+from vflora.devices import limit_memory, torch_device
 from vflora.learning import learn
 from vflora.models.random_weights import randomise_lora
 from vflora.models.speed import SpeedConfig
@@ -158,6 +158,8 @@ def _recorded(path: Path | None, config: BenchConfig, nowhere: Path) -> BenchCon
     require(path.is_file(), f"--train_config {path} is no file: name the config.yaml of a checkpoint.")
     flags = ["--config", str(path), "--output_dir", str(nowhere), "--logger", "none", "--resume_from_checkpoint", ""]
     flags += ["--gradient_accumulation_steps", "1", "--num_workers", "0", "--enable_validation", "false"]
+    if config.card_gib is not None:
+        limit_memory(torch_device(config.device), config.card_gib)
     return parse("train", [*flags, "--device", config.device])
 
 

@@ -101,16 +101,9 @@ def starting_point(wanted: str | None, output_dir: Path, settings: dict[str, Any
     """Returns the state that --resume_from_checkpoint means; None for a new run.
 
     Raises:
-        UserError: if a new run would mix with an old one, or the checkpoint is missing, damaged or another run's.
+        UserError: if the checkpoint is missing, damaged or another run's.
     """
-    if wanted is None:
-        if present := list_checkpoints(output_dir):
-            raise UserError(
-                f"{output_dir} already holds a run ({present[-1].name}): go on with --resume_from_checkpoint latest, "
-                "or choose another --output_dir."
-            )
-        return None
-    folder = find_checkpoint(wanted, output_dir)
+    folder = None if wanted is None else find_checkpoint(wanted, output_dir)
     if folder is None:
         return None
     state = load_state(folder)

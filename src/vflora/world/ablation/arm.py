@@ -104,7 +104,7 @@ def _flags(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> list[str]:
     """The command line of `vflora train`: the package's defaults but for size, length and learning rate."""
     world = str(lab.world_folder)
     flags = ["--config", str(lab.recipe)] if lab.recipe else []
-    embedder = str(lab.place_bound_folder) if arm.place_bound else world
+    embedder = lab.embedder_folder(place_bound=arm.place_bound)
     flags += ["--pipeline_dir", world, "--dino_model_dir", f"{embedder}/dino", "--dino_head_path", f"{embedder}/head"]
     flags += ["--wds_root", str(lab.data_root(mixed=arm.mixed)), "--metadata_key", "character"]
     flags += ["--prompt_bank", str(resources.files("vflora.world") / "prompts.yaml"), "--condition_lookahead", "32"]
@@ -113,6 +113,7 @@ def _flags(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> list[str]:
     flags += ["--train_target_resolution", "64x64", "--dtype", lab.dtype, "--device", lab.device]
     flags += ["--max_train_steps", str(lab.steps), "--warmup_steps", str(lab.steps // 20), "--seed", str(seed)]
     flags += ["--learning_rate", str(lab.learning_rate), "--batch_size", str(lab.batch_size)]
+    flags += ["--id_decode_recompute", "false"]
     # One process less to start: a picture of 64 x 64 is read in no time.
     flags += ["--num_workers", "0", "--secondary_cache_max_size", "512"]
     if lab.torch_device().type == "cuda":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,20 +51,24 @@ def embedder_sights(lab: LabConfig) -> dict[str, Sight]:
     )
     clips = render(scenes, size=sizes.frame_size, device=device).video
     others = render(replace(scenes, character=scenes.character.roll(1)), size=sizes.frame_size, device=device).video
-    embedder = IdentityEmbedder.load(lab.world_folder / "dino", lab.head_folder, device)
+    embedder = _embedder(lab.embedder_folder(), device)
     embedders: dict[str, Callable[[Tensor], Tensor]] = {
         "DINOv3 with the identity head": embedder.embed,
         "DINOv3 alone": embedder.backbone,
         "pixels": lambda frames: frames.flatten(1),
     }
-    if lab.place_bound_folder.exists():
-        placed = IdentityEmbedder.load(lab.place_bound_folder / "dino", lab.place_bound_folder / "head", device)
-        embedders["DINOv3, place-bound"] = placed.embed
+    place_bound = lab.embedder_folder(place_bound=True)
+    if place_bound.exists():
+        embedders["DINOv3, place-bound"] = _embedder(place_bound, device).embed
     found = {}
     for name, embed in embedders.items():
         first, last, other = (normalize(embed(f), dim=-1) for f in (clips[:, :, 0], clips[:, :, -1], others[:, :, 0]))
         found[name] = Sight(moved=float((first * last).sum(1).mean()), other=float((first * other).sum(1).mean()))
     return found
+
+
+def _embedder(folder: Path, device: torch.device) -> IdentityEmbedder:
+    return IdentityEmbedder.load(folder / "dino", folder / "head", device)
 
 
 def sight_table(sights: Mapping[str, Sight]) -> str:

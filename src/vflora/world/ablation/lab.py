@@ -87,15 +87,9 @@ class LabConfig:
         """Returns where the line-up of a domain is."""
         return self.output / "shared" / "lineups" / f"{domain}.safetensors"
 
-    @property
-    def head_folder(self) -> Path:
-        """Where the identity head is, which all arms share."""
-        return self.world_folder / "head"
-
-    @property
-    def place_bound_folder(self) -> Path:
-        """Where the place-bound DINOv3 and its head are, for the arms that have it."""
-        return self.output / "shared" / "place-bound"
+    def embedder_folder(self, *, place_bound: bool = False) -> Path:
+        """Returns the folder with the dino/ and the head/ that an arm's identity loss sees through."""
+        return self.output / "shared" / "place-bound" if place_bound else self.world_folder
 
 
 def prepare(lab: LabConfig, *, place_bound: bool = False) -> None:
@@ -108,9 +102,10 @@ def prepare(lab: LabConfig, *, place_bound: bool = False) -> None:
     Raises:
         UserError: for settings that the parts refuse, or a world without a head.
     """
+    head = lab.embedder_folder() / "head"
     require(
-        (lab.head_folder / HEAD_FILE).is_file(),
-        f"There is no identity head in {lab.head_folder}: train it with `vflora world pretrain --stage head`.",
+        (head / HEAD_FILE).is_file(),
+        f"There is no identity head in {head}: train it with `vflora world pretrain --stage head`.",
     )
     shared = lab.output / "shared"
     plain, mixed = shared / "pictures" / "plain", shared / "pictures" / "mixed"
@@ -119,7 +114,8 @@ def prepare(lab: LabConfig, *, place_bound: bool = False) -> None:
     _once(lab.data_root(mixed=True), lambda to: pack_stills(mixed, to))
     _once(lab.lineup_file("creatures").parent, lambda to: _line_up(lab, to))
     if place_bound:
-        _once(lab.place_bound_folder, lambda to: train_place_bound(lab.world_folder, to, device=lab.torch_device()))
+        own = lab.embedder_folder(place_bound=True)
+        _once(own, lambda to: train_place_bound(lab.world_folder, to, device=lab.torch_device()))
 
 
 def _once(target: Path, fill: Callable[[Path], object]) -> None:

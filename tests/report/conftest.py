@@ -147,6 +147,8 @@ class Browser:
     def open(self, page: Path | str, *, width: int, height: int, **media: str) -> None:
         """Opens a file or an address at a window size, with media features such as prefers_color_scheme."""
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
+        # The page before must be gone: one that asks a server which its test has closed complains at any moment.
+        self.leave()
         self.complaints.clear()
         self.requests.clear()
         self.call(
@@ -159,6 +161,11 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.wait("document.readyState === 'complete'")
+
+    def leave(self) -> None:
+        """Leaves the page for an empty one."""
+        self.call("Page.navigate", url="about:blank")
+        self.wait("location.href === 'about:blank' && document.readyState === 'complete'")
 
     def evaluate(self, expression: str):
         """Returns the value of a JavaScript expression; a promise is awaited."""
@@ -208,4 +215,4 @@ def opened_browser(tmp_path_factory):
 def browser(opened_browser):
     """The browser, on an empty page when a module is done: a page of films would play them beside all later tests."""
     yield opened_browser
-    opened_browser.open("about:blank", width=100, height=100)
+    opened_browser.leave()

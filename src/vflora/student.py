@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from vflora.models.streamed_weights import fill
 from vflora.random_streams import keyed_noise
 from vflora.settings import TrainSettings
 from vflora.types import Conditions
+
+logger = logging.getLogger(__name__)
 
 
 def build_student(
@@ -45,6 +49,8 @@ def build_student(
     )
     transformer, files = open_transformer(model.pipeline_dir, model.transformer_version, dtype)
     if not sharded:
+        if world.size > 1:  # said whoever chose it: a mode, a flag, or the settings of a run that goes on
+            logger.info("each of the %d processes keeps the whole base (--enable_fsdp false)", world.size)
         fill(transformer, files, dtype, "cpu")
     add_lora(
         transformer,

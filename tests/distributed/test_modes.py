@@ -4,12 +4,13 @@ import json
 from functools import partial
 
 import pytest
+import torch
 
 from vflora.cli import parse
 from vflora.distributed.processes import World
 from vflora.errors import UserError
 from vflora.models.speed import SpeedConfig
-from vflora.student import require_shareable
+from vflora.student import build_student, require_shareable
 from vflora.train import run
 
 
@@ -37,12 +38,20 @@ def test_every_mode_works_as_it_stands(parsed, mode, fsdp, sp_size):
 
 
 @pytest.mark.parametrize("mode", ["fast", "low_memory"])
-def test_a_mode_is_the_same_for_several_processes_each_with_the_whole_base(parsed, mode, caplog):
-    caplog.set_level("INFO")
+def test_a_mode_is_the_same_for_several_processes_each_with_the_whole_base(parsed, mode):
     settings = parsed(2, "--mode", mode)
     assert settings.speed == SpeedConfig.preset(mode)
     assert not settings.distributed.enable_fsdp
-    assert f"--mode {mode} on 2 processes: each keeps the whole base (--enable_fsdp false)" in caplog.messages
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_base_that_is_whole_on_every_process_is_told(parsed, caplog, processes):
+    """It may come from a mode, or from the settings of a run that goes on, where nobody typed it."""
+    caplog.set_level("INFO")
+    settings = parsed(processes, "--enable_fsdp", "false")
+    build_student(settings, torch.float32, torch.device("cpu"), World(0, processes))
+    told = "each of the 2 processes keeps the whole base (--enable_fsdp false)" in caplog.messages
+    assert told is (processes == 2)
 
 
 def test_with_the_base_in_pieces_on_purpose_the_mode_says_what_it_leaves_out(parsed, caplog):

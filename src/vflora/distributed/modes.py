@@ -53,7 +53,6 @@ def expand_mode_for(processes: int, arguments: Sequence[str], groups: Sequence[t
         dropped += needed(WHOLE_BASE)
     elif needed(WHOLE_BASE):
         added.append("--enable_fsdp=false")
-        logger.info("--mode %s on %d processes: each keeps the whole base (--enable_fsdp false)", mode, processes)
     if dropped:
         said = ", ".join(f"--{name}" for name in dropped)
         logger.info("--mode %s on %d processes leaves out what they cannot have: %s", mode, processes, said)

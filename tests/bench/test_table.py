@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vflora.bench.table import BenchTableConfig, Row, markdown, run, smallest_card
+from vflora.bench.table import BenchTableConfig, Row, markdown, rows, run, smallest_card
 from vflora.cli import main
 from vflora.errors import UserError
 
@@ -41,6 +41,12 @@ def test_a_row_that_fails_is_said_with_its_log_and_tried_again(tmp_path, capsys)
     assert "--compile is for GPUs" in (tmp_path / "rows" / "fast-32x32-5-full-1.log").read_text()
     assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["failed"] == "exit code 2"
     assert not list((tmp_path / "rows").glob("*.json")), "nothing is kept of it"
+
+
+def test_rows_of_a_smaller_card_say_so_in_their_command(tmp_path):
+    config = BenchTableConfig(tmp_path, modes=["low_memory"], decodes=["half"], card_gib=16)
+    (row,) = rows(config)
+    assert "--card_gib 16" in " ".join(row.command(config))
 
 
 @pytest.mark.parametrize(

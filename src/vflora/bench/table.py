@@ -53,6 +53,8 @@ class BenchTableConfig:
     """Precision of the frozen weights."""
     device: str = "auto"
     """Where to compute: auto takes the accelerator if there is one, else the CPU."""
+    card_gib: float | None = None
+    """Let every row have so much of the GPU's memory and no more, to see which fit a smaller card."""
     headroom_gib: float = 2.0
     """Memory a card must have besides the peak: the desktop, the driver, fragments, longer prompts."""
     row_minutes: float = 15.0
@@ -90,6 +92,7 @@ class Row:
             trajectory_reuse=self.reuse,
             dtype=table.dtype,
             device=table.device,
+            card_gib=table.card_gib,
             steps=table.steps,
         )
 

@@ -33,6 +33,11 @@ def wait_for_frame(browser, frame):
     browser.wait(f"{ALL}.every(v => v.readyState >= 2 && !v.seeking && v.paused && {at})")
 
 
+def wait_for_picture(browser, frame):
+    # A video may know its time before the picture of that time is on the screen.
+    browser.wait(f"{FRAMES_ON_SCREEN}.every(shown => shown === {frame})")
+
+
 def scrub_to(browser, frame):
     browser.evaluate(
         f"(s => {{ s.value = {frame}; s.dispatchEvent(new Event('input', {{bubbles: true}})); }})"
@@ -52,22 +57,23 @@ def test_every_video_decodes_and_the_page_asks_nobody_and_complains_about_nothin
 @pytest.mark.parametrize("frame", [0, 1, 11, 23])
 def test_one_scrubber_shows_the_same_frame_in_every_video(desktop, frame):
     scrub_to(desktop, frame)
-    assert desktop.evaluate(FRAMES_ON_SCREEN) == [frame] * 9
+    wait_for_picture(desktop, frame)
     desktop.wait(f"document.getElementById('place').value === '{frame + 1} / {FRAMES}'")
 
 
 def test_one_button_plays_and_pauses_all_of_them_together(desktop):
     assert desktop.evaluate(f"{ALL}.every(v => v.paused)")
     desktop.click("#play")
-    desktop.wait(f"{ALL}.every(v => !v.paused && v.currentTime > 0.3)")
-    times = desktop.evaluate(f"{ALL}.map(v => v.currentTime)")
-    assert max(times) - min(times) < 0.2
+    times = f"{ALL}.map(v => v.currentTime)"
+    desktop.wait(
+        f"{ALL}.every(v => !v.paused && v.currentTime > 0.3) && Math.max(...{times}) - Math.min(...{times}) < 0.2"
+    )
     assert desktop.evaluate("document.getElementById('play').getAttribute('aria-label')") == "Pause"
     desktop.click("#play")
     desktop.wait(f"{ALL}.every(v => v.paused && !v.seeking)")  # the place was written in the same tick
     place = int(desktop.evaluate("document.getElementById('place').value").split(" / ")[0]) - 1
     wait_for_frame(desktop, place)
-    assert set(desktop.evaluate(FRAMES_ON_SCREEN)) == {place}
+    wait_for_picture(desktop, place)
     assert desktop.complaints == []
 
 

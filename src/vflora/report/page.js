@@ -30,10 +30,12 @@ function load(video) {
 function follow(video, time) {
   if (video.readyState < 1 || video.seeking) return;
   if (!playing) {
-    if (!video.paused) video.pause();
+    // on a busy machine the picture of a playing video is behind its time, and stays so when it is paused
+    const behind = !video.paused;
+    if (behind) video.pause();
     // the middle of a frame is that frame for every decoder
     const middle = (frameAt(time) + 0.5) / fps;
-    if (Math.abs(video.currentTime - middle) > 0.25 / fps) video.currentTime = middle;
+    if (behind || Math.abs(video.currentTime - middle) > 0.25 / fps) video.currentTime = middle;
     return;
   }
   if (video.playbackRate !== rate) video.playbackRate = rate;

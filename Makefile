@@ -16,8 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Threads that wait spin for some microseconds and then sleep. Those that sleep at once take 4.3 s for a step of the demo
+# where these take 2.6 (two quiet cores); those that spin on take up to 17 on a busy machine, where these take 6 to 11.
 demo: install
-	OMP_WAIT_POLICY=passive $(BIN)/vflora demo --output $(DEMO)
+	GOMP_SPINCOUNT=10000 $(BIN)/vflora demo --output $(DEMO)
 
 # Memory that is freed stays with the process: to fetch it anew for every layer took a third of a training's time.
 test: export MALLOC_TRIM_THRESHOLD_ = 1000000000

@@ -16,8 +16,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Threads that wait spin for some microseconds and then sleep. Those that sleep at once take 4.3 s for a step of the demo
-# where these take 2.6 (two quiet cores); those that spin on take up to 17 on a busy machine, where these take 6 to 11.
+# Threads that wait spin for some microseconds and then sleep. Those that sleep at once (OMP_WAIT_POLICY=passive) took 4.3 s
+# for a step of the demo's training, as its bar shows it, where these took 2.6, on two quiet cores; those that spin on (the
+# default) took 3 to 17 beside two busy processes, where these took 6 to 11.
 demo: install
 	GOMP_SPINCOUNT=10000 $(BIN)/vflora demo --output $(DEMO)
 

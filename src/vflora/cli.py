@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
     "data check": Command("list everything wrong with a data set", "vflora.data.check", "CheckConfig", ("wds_root",)),
     "train-head": Command("train the identity head on DINOv3", "vflora.train_head", "HeadConfig"),
     "train": Command("train the LoRA: the recipe", "vflora.train", "TrainSettings"),
+    "encode": Command("the prompts and pictures of a training, encoded ahead", "vflora.encode", "EncodeSettings"),
     "rollouts": Command("the teacher's part of a training, made ahead", "vflora.rollouts", "RolloutsSettings"),
     "generate": Command("picture and prompt -> video", "vflora.generate", "GenerateConfig"),
     "export": Command("checkpoint -> adapter file", "vflora.export", "ExportConfig"),

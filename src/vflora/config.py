@@ -292,3 +292,16 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         require(self.sp_size >= 1, "--sp_size must be at least 1.")
+
+
+@dataclass(frozen=True)
+class AheadConfig:
+    """For which training something is made ahead."""
+
+    train_processes: int | None = None
+    """Data-parallel processes that the training will have; by default as many as work ahead now."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.train_processes is None or self.train_processes >= 1, "--train_processes must be at least 1 if given."
+        )

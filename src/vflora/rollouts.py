@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vflora.atomic import require_space, write_or_refuse
 from vflora.clips import noise_levels
-from vflora.config import TORCH_DTYPES, Precision, require
+from vflora.config import TORCH_DTYPES, AheadConfig, Precision, require
 from vflora.data.schema import DataSet
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
@@ -44,14 +44,9 @@ class StorageConfig:
     """fp32 keeps every bit; bf16 takes half the disk and rounds what the student sees and learns."""
     rollouts_per_shard: int = 64
     """Rollouts in one tar file, fewer where not every process would get one; a killed process loses at most these."""
-    train_processes: int | None = None
-    """Data-parallel processes that the training will have; by default as many as roll out now."""
 
     def __post_init__(self) -> None:
         require(self.rollouts_per_shard >= 1, "--rollouts_per_shard must be at least 1.")
-        require(
-            self.train_processes is None or self.train_processes >= 1, "--train_processes must be at least 1 if given."
-        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,7 @@ class RolloutsSettings(TrainSettings):
     """Every flag of `vflora train`, so that one line serves both, and how to keep the trajectories."""
 
     storage: StorageConfig
+    ahead: AheadConfig
 
 
 def run(settings: RolloutsSettings) -> Path:
@@ -110,10 +106,10 @@ def _fill(settings: RolloutsSettings, dataset: DataSet, folder: Path, rank: int,
 def _manifest(settings: RolloutsSettings, dataset: DataSet, folder: Path, size: int) -> tuple[Manifest, bool]:
     """Reads the manifest and compares it with the settings, or makes one; returns also whether it is new."""
     found, storage, batch_size = read_manifest(folder), settings.storage, settings.data.batch_size
-    processes = storage.train_processes or (found.processes if found else size)
+    processes = settings.ahead.train_processes or (found.processes if found else size)
     recipe = recipe_of(settings, dataset, processes * batch_size)
     if found is None:
-        plan = Plan(processes, settings.optimizer.gradient_accumulation_steps, settings.rollout.trajectory_reuse)
+        plan = Plan.of(settings, processes)
         per_process = -(-plan.rollouts(settings.optimizer.max_train_steps) // size)
         per_shard = min(storage.rollouts_per_shard, per_process)
         return Manifest.of(recipe, plan, per_shard=per_shard, dtype=storage.trajectory_dtype), True

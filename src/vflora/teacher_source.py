@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,24 @@ from vflora.step_clock import StepClock
 from vflora.types import Batch, Conditions, HarvestedTrajectory, Trajectory
 
 PromptMaker = Callable[[str, torch.Generator], str]
+
+NO_PROMPT = ""
+"""What guidance leads away from."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One micro-batch before anything of it is encoded.
+
+    Attributes:
+        number: of the batch, counted over the run.
+        batch: pictures and names.
+        prompts: one per sample.
+    """
+
+    number: int
+    batch: Batch
+    prompts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,37 @@ def drawn_prompts(make_prompt: PromptMaker, seed: int) -> Callable[[int, Batch],
     return prompts
 
 
+def drawn_together(
+    batches: Iterator[Batch],
+    numbers: Iterable[int],
+    *,
+    prompts: Callable[[int, Batch], tuple[str, ...]],
+    lookahead: int,
+) -> Iterator[list[Drawn]]:
+    """Yields batches with their prompts, as many at a time as are encoded in one go.
+
+    Args:
+        batches: from the loader.
+        numbers: of these batches; it ends behind the last of them.
+        prompts: of a batch, by its number.
+        lookahead: batches of a go; the last one may have fewer.
+    """
+    numbers = iter(numbers)
+    while True:
+        # Numbers first: where they end, no further batch is asked for.
+        numbered = zip(itertools.islice(numbers, lookahead), batches, strict=False)
+        together = [Drawn(number, batch, prompts(number, batch)) for number, batch in numbered]
+        if not together:
+            return
+        yield together
+
+
+def asked_by(together: Sequence[Drawn]) -> tuple[list[str], Tensor]:
+    """Returns what one or more batches ask the encoder for: N prompts, and pictures, uint8 [N, 3, H, W]."""
+    prompts = [prompt for drawn in together for prompt in drawn.prompts]
+    return prompts, torch.cat([drawn.batch.images for drawn in together])
+
+
 class Preparation:
     """Batches with their prompts and conditions, encoded several at a time."""
 
@@ -108,9 +157,9 @@ class Preparation:
             encoder: prompts and pictures to conditions.
             lookahead: batches that are encoded in one go.
         """
-        self._batches, self._numbers, self._prompts = batches, iter(numbers), prompts
-        self._encoder, self._lookahead = encoder, lookahead
-        self._queue: deque[tuple[int, Batch, tuple[str, ...]]] = deque()
+        self._goes = drawn_together(batches, numbers, prompts=prompts, lookahead=lookahead)
+        self._encoder = encoder
+        self._queue: deque[Drawn] = deque()
 
     def __iter__(self) -> Iterator[Prepared]:
         return self
@@ -118,20 +167,11 @@ class Preparation:
     def __next__(self) -> Prepared:
         """Returns the next batch."""
         if not self._queue:
-            self._look_ahead()
-        number, batch, prompts = self._queue.popleft()
-        return Prepared(number, batch, prompts, self._encoder.encode(prompts, batch.images))
-
-    def _look_ahead(self) -> None:
-        for number in itertools.islice(self._numbers, self._lookahead):
-            batch = next(self._batches)
-            self._queue.append((number, batch, self._prompts(number, batch)))
-        if not self._queue:
-            raise StopIteration
-        self._encoder.prepare(
-            [prompt for _, _, prompts in self._queue for prompt in prompts],
-            torch.cat([batch.images for _, batch, _ in self._queue]),
-        )
+            self._queue.extend(next(self._goes))
+            self._encoder.prepare(*asked_by(self._queue))
+        drawn = self._queue.popleft()
+        conditions = self._encoder.encode(drawn.prompts, drawn.batch.images)
+        return Prepared(drawn.number, drawn.batch, drawn.prompts, conditions)
 
 
 @dataclass(frozen=True)
@@ -170,7 +210,7 @@ class Rollouts:
                 self.sigmas,
                 points_for_block(self.config, self.sigmas, self.seed, step),
                 guidance_scale=scale,
-                unconditional=self.encoder.encode([""] * len(batch), batch.images) if scale != 1 else None,
+                unconditional=self.encoder.encode([NO_PROMPT] * len(batch), batch.images) if scale != 1 else None,
             )
 
 
@@ -214,6 +254,7 @@ class TeacherSource:
         lookahead: int,
         seed: int,
         device: torch.device,
+        end_batch: int | None = None,
     ):
         """Takes everything a lesson is made of.
 
@@ -230,10 +271,12 @@ class TeacherSource:
             lookahead: batches that are encoded in one go.
             seed: of the run.
             device: of the rollout.
+            end_batch: where the run ends, so that nothing beyond is encoded; None where that is not known.
         """
+        numbers = itertools.count(start_batch) if end_batch is None else range(start_batch, end_batch)
         self._prepared = Preparation(
             batches,
-            itertools.count(start_batch),
+            numbers,
             prompts=drawn_prompts(make_prompt, seed),
             encoder=encoder,
             lookahead=lookahead,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from vflora.checkpoint import find_checkpoint, read_state, read_tensors, verify_
 from vflora.clips import Clips
 from vflora.data.pipeline import TrainLoader
 from vflora.data.schema import DataSet
-from vflora.data.validation import ValidationLoader
 from vflora.distributed.divisible import require_divisible
 from vflora.distributed.processes import ALONE, World
 from vflora.distributed.strips import Strips
@@ -34,11 +33,12 @@ from vflora.run_log import require_logger
 from vflora.run_sources import require_same_sources, sources_of
 from vflora.settings import TrainSettings, require_same_recipe
 from vflora.student import TeacherProbe, build_student
-from vflora.teacher_source import LessonSource, TeacherSource, batches_before
+from vflora.teacher_source import NO_PROMPT, LessonSource, PromptMaker, TeacherSource, batches_before
 from vflora.trajectories.folder import condition_folder, open_trajectories, without_rollouts
+from vflora.trajectories.plan import Plan
 from vflora.trajectories.reader import TrajectoryReader
 from vflora.types import Batch
-from vflora.validation import Validator
+from vflora.validation import Validator, held_out_batches, held_out_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             lookahead=settings.prompts.condition_lookahead,
             seed=run.seed,
             device=device,
+            end_batch=Plan.of(settings, world.dp_size).batches(settings.optimizer.max_train_steps),
         )
     validator, held_out = None, []
     if settings.validation.enable_validation:
@@ -166,8 +167,8 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             seed=run.seed,
             device=device,
         )
-        held_out = _validation_batches(settings)
-    blank = torch.zeros(1, 3, *dataset.size, dtype=torch.uint8)
+        held_out = held_out_batches(settings)
+    blank = blank_sample(dataset)
     return Training(
         settings=settings,
         world=world,
@@ -188,7 +189,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         loader=loader,
         validator=validator,
         validation_batches=held_out,
-        teacher_probe=TeacherProbe(denoiser, clips.encoder.encode([""], blank), shape) if run.teacher_check else None,
+        teacher_probe=TeacherProbe(denoiser, clips.encoder.encode(*blank), shape) if run.teacher_check else None,
         start_step=start_step,
         data_fingerprint=dataset.fingerprint,
         characters=tuple(sorted(dataset.counts)),
@@ -251,11 +252,31 @@ def samples_per_step(settings: TrainSettings, world: World) -> int:
     return world.dp_size * settings.data.batch_size * settings.optimizer.gradient_accumulation_steps
 
 
-def _validation_batches(settings: TrainSettings) -> list[Batch]:
-    """The first pictures of the validation list, one per batch: validation clips may be long."""
-    dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "val")
-    config = replace(settings.data, batch_size=1, num_workers=0)
-    batches = list(ValidationLoader(dataset, config, seed=settings.run.seed, limit=settings.validation.val_num_samples))
-    if not batches:
-        raise UserError(f"{settings.data.wds_root} has no validation samples: pack with a larger --val_split.")
-    return batches
+def asked_besides(
+    settings: TrainSettings, dataset: DataSet, make_prompt: PromptMaker
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yields what a training asks the encoder for besides its lessons: prompts, and pictures, uint8 [N, 3, H, W].
+
+    That is for guidance, `--teacher_check` and validation.
+
+    Args:
+        settings: of the run.
+        dataset: that it trains on.
+        make_prompt: turns a name into a prompt with a generator.
+
+    Raises:
+        UserError: while iterating, if it cannot validate.
+    """
+    prompts, picture = blank_sample(dataset)
+    if settings.run.teacher_check or settings.rollout.rollout_guidance_scale != 1:
+        yield prompts, picture if settings.run.teacher_check else picture[:0]
+    if settings.validation.enable_validation:
+        batches = held_out_batches(settings)
+        names = [pair for batch in batches for pair in zip(batch.characters, batch.keys, strict=True)]
+        prompts = [held_out_prompt(make_prompt, settings.run.seed, character, key) for character, key in names]
+        yield prompts, torch.cat([batch.images for batch in batches])
+
+
+def blank_sample(dataset: DataSet) -> tuple[list[str], Tensor]:
+    """Returns the fixed input of `--teacher_check`: a prompt, and a picture, uint8 [1, 3, H, W]."""
+    return [NO_PROMPT], torch.zeros(1, 3, *dataset.size, dtype=torch.uint8)

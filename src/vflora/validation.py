@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -12,8 +13,11 @@ from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
 from tqdm import tqdm
 
+from vflora.data.schema import DataSet
+from vflora.data.validation import ValidationLoader
 from vflora.distributed.processes import ALONE, World
 from vflora.distributed.voice import is_first
+from vflora.errors import UserError
 from vflora.evaluate import VideoScores, score_video, teacher_deviation
 from vflora.flow import clean_estimate
 from vflora.models.conditions import ConditionEncoder
@@ -23,7 +27,8 @@ from vflora.models.video_vae import decode_frames
 from vflora.previews import PreviewSample, file_name, write_index, write_preview
 from vflora.random_streams import keyed_generator, keyed_noise
 from vflora.rollout import rollout
-from vflora.teacher_source import PromptMaker
+from vflora.settings import TrainSettings
+from vflora.teacher_source import NO_PROMPT, PromptMaker
 from vflora.types import Batch, Conditions, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -93,9 +98,9 @@ class Validator:
     def _sample(self, batch: Batch, index: int, preview_dir: Path | None) -> PreviewSample:
         key, character = batch.keys[index], batch.characters[index]
         images = batch.images[index : index + 1]
-        prompt = self._make_prompt(character, keyed_generator(self._seed, "validation prompt", key))
+        prompt = held_out_prompt(self._make_prompt, self._seed, character, key)
         conditions = self._encoder.encode([prompt], images)
-        unconditional = self._encoder.encode([""], images) if self._guidance_scale != 1 else None
+        unconditional = self._encoder.encode([NO_PROMPT], images) if self._guidance_scale != 1 else None
         noise = keyed_noise(self._latent_shape, self._seed, "validation noise", key)[None].to(self._device)
 
         student = self._rollout(noise, conditions, unconditional)
@@ -137,6 +142,25 @@ class Validator:
             velocity = self._denoiser.velocity(point.latents, point.sigma, conditions, next_sigma=point.next_sigma)
             errors.append(teacher_deviation(velocity, point.teacher_velocity))
         return fmean(errors)
+
+
+def held_out_batches(settings: TrainSettings) -> list[Batch]:
+    """Returns the first pictures of the validation list, one per batch: validation clips may be long.
+
+    Raises:
+        UserError: if there are none.
+    """
+    dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "val")
+    config = replace(settings.data, batch_size=1, num_workers=0)
+    batches = list(ValidationLoader(dataset, config, seed=settings.run.seed, limit=settings.validation.val_num_samples))
+    if not batches:
+        raise UserError(f"{settings.data.wds_root} has no validation samples: pack with a larger --val_split.")
+    return batches
+
+
+def held_out_prompt(make_prompt: PromptMaker, seed: int, character: str, key: str) -> str:
+    """Returns the prompt of a held-out picture: the same at every validation of a run."""
+    return make_prompt(character, keyed_generator(seed, "validation prompt", key))
 
 
 def _flat(scores: VideoScores) -> dict[str, float]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
+
+from vflora.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Plan:
     processes: int
     accumulation: int
     reuse: int
+
+    @classmethod
+    def of(cls, settings: TrainSettings, processes: int) -> Self:
+        """Returns how the rollouts of a training on so many data-parallel processes are counted."""
+        return cls(processes, settings.optimizer.gradient_accumulation_steps, settings.rollout.trajectory_reuse)
 
     def rollouts(self, steps: int) -> int:
         """Returns how many rollouts the first `steps` optimizer steps look at."""

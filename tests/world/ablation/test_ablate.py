@@ -28,8 +28,8 @@ def test_arms_are_trained_graded_and_put_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr("vflora.world.ablation.lab.make_lineup", partial(make_lineup, pictures=1))
     (tmp_path / "quick.yaml").write_text("train_video_length: 9\nnum_inference_steps: 8\n")
     flags = ["--output", str(tmp_path / "lab"), *TINY, "--recipe", str(tmp_path / "quick.yaml")]
-    flags += ["--seeds", "1", "--arms"]
-    written = ablate.run(parse("world ablate", [*flags, "base", "recipe"]))
+    flags += ["--seeds", "1", "--jobs", "2", "--arms"]
+    written = ablate.run(parse("world ablate", [*flags, "base", "recipe", "hinge"]))
     text = written.read_text()
     assert "| base model |" in text
     assert "| the recipe |" in text
@@ -40,6 +40,10 @@ def test_arms_are_trained_graded_and_put_side_by_side(tmp_path, monkeypatch):
     assert result["numbers"]["base_domain_loss"] > 0
     assert 0 < result["share/rollout"] < 1
     assert len(result["cosine_by_frame"]) == 17
+    # Encoded once, before either arm began.
+    encoded = written.parent / "shared"
+    assert "all 2 prompts and 2 pictures" in (encoded / "encoding-0.log").read_text()
+    assert len(list((encoded / "conditions").rglob("*.safetensors"))) == 4
 
     # What is finished is not done again; other settings do not mix with it.
     before = (written.parent / "arms" / "recipe-0" / "result.json").stat().st_mtime_ns
@@ -51,10 +55,10 @@ def test_arms_are_trained_graded_and_put_side_by_side(tmp_path, monkeypatch):
 
 def test_every_recipe_arm_is_a_command_line_that_training_accepts(tmp_path):
     lab = LabConfig(output=tmp_path)
-    plain = parse("train", arm._flags(lab, ARMS["recipe"], tmp_path, 0)).flat()
+    plain = parse("train", arm.train_flags(lab, ARMS["recipe"], tmp_path, 0)).flat()
     for name, chosen in ARMS.items():
         if chosen.kind == "recipe":
-            settings = parse("train", arm._flags(lab, chosen, tmp_path, 0)).flat()
+            settings = parse("train", arm.train_flags(lab, chosen, tmp_path, 0)).flat()
             differing = {key for key in settings if settings[key] != plain[key]}
             assert bool(differing) == (name != "recipe")
             asked = {flag[2:] for flag in chosen.flags if flag.startswith("--")} | {"wds_root"}
@@ -64,7 +68,7 @@ def test_every_recipe_arm_is_a_command_line_that_training_accepts(tmp_path):
 def test_a_file_of_flags_changes_the_recipe_of_every_arm(tmp_path):
     (tmp_path / "tuned.yaml").write_text("lambda_id: 1.25\np_secondary: 0.3\n")
     lab = LabConfig(output=tmp_path, recipe=tmp_path / "tuned.yaml")
-    settings = parse("train", arm._flags(lab, ARMS["sigma"], tmp_path, 0))
+    settings = parse("train", arm.train_flags(lab, ARMS["sigma"], tmp_path, 0))
     assert settings.identity.lambda_id == 1.25
     assert settings.data.p_secondary == 0.3
     assert settings.rollout.id_sigma_high == 0.45
@@ -85,11 +89,27 @@ def test_a_world_without_a_head_is_refused_before_anything_is_drawn(tmp_path):
     assert not (tmp_path / "lab").exists()
 
 
+def test_only_what_several_arms_share_is_encoded_before_them():
+    jobs = [("base", 0), ("oracle", 0), ("recipe", 0), ("hinge", 0), ("shuffled", 0), ("recipe", 1), ("shuffled", 1)]
+    assert ablate._shared_encodings(jobs) == [(False, 0)]
+
+
+def test_where_encoding_fails_its_arms_fail_with_the_log_that_says_why(tmp_path):
+    (tmp_path / "typo.yaml").write_text("lambda_idd: 1\n")
+    lab = LabConfig(output=tmp_path, recipe=tmp_path / "typo.yaml", device="cpu")
+    jobs = [("recipe", 0), ("hinge", 0)]
+    (tmp_path / "shared").mkdir()
+    assert sorted(ablate._run_jobs(lab, jobs, 2)) == sorted(jobs)
+    named = tmp_path / "shared" / "encoding-0.log"
+    assert (tmp_path / "arms" / "hinge-0" / "log.txt").read_text().endswith(f"read {named}\n")
+    assert "lambda_id" in named.read_text()
+
+
 def test_after_a_ctrl_c_no_other_arm_begins(tmp_path, monkeypatch):
     begun = []
 
-    def job(lab, name, seed, own):
-        begun.append(name)
+    def job(lab, job, encoding, own):
+        begun.append(job[0])
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)  # an arm takes a moment to save and go
         return 130

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import yaml
@@ -19,7 +22,7 @@ from vflora.atomic import replace_file
 from vflora.config import require
 from vflora.errors import UserError
 from vflora.settings import flat_settings
-from vflora.world.ablation.arm import RESULT, arm_folder
+from vflora.world.ablation.arm import RESULT, arm_folder, train_flags
 from vflora.world.ablation.arms import ARMS, arm_named
 from vflora.world.ablation.embedders import embedder_sights, sight_table
 from vflora.world.ablation.lab import LabConfig, prepare
@@ -27,6 +30,11 @@ from vflora.world.ablation.pictures import draw_grid, draw_plot
 from vflora.world.ablation.summary import gate_table, gates, read_results, table
 
 logger = logging.getLogger(__name__)
+
+Job: TypeAlias = tuple[str, int]
+"""An arm and a seed."""
+Encoding: TypeAlias = tuple[bool, int]
+"""Prompts and pictures that arms share: whether mixed, and a seed."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +119,20 @@ def _require_same_lab(lab: LabConfig) -> None:
     replace_file(path, lambda unfinished: unfinished.write_text(yaml.safe_dump(settings)))
 
 
-def _run_jobs(lab: LabConfig, jobs: list[tuple[str, int]], at_once: int) -> list[tuple[str, int]]:
+def _run_jobs(lab: LabConfig, jobs: list[Job], at_once: int) -> list[Job]:
     """Runs arms as processes; returns those that failed."""
     cores = max(1, len(os.sched_getaffinity(0)) // at_once)
-    failed = []
+    numbers, failed = itertools.count(), []
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), desc="arms", unit="arm") as bar:
-        running = {pool.submit(_run_job, lab, *job, environment(n, cores)): job for n, job in enumerate(jobs)}
+        # First in the queue, so whoever waits for them waits for work that goes on.
+        encodings = {
+            key: pool.submit(_encode, lab, *key, environment(next(numbers), cores))
+            for key in (_shared_encodings(jobs) if at_once > 1 else ())
+        }
+        running = {
+            pool.submit(_run_job, lab, job, encodings.get(_encoding(job)), environment(next(numbers), cores)): job
+            for job in sorted(jobs, key=lambda job: _encoding(job) in encodings)
+        }
         try:
             for done in as_completed(running):
                 if done.result():
@@ -129,6 +145,18 @@ def _run_jobs(lab: LabConfig, jobs: list[tuple[str, int]], at_once: int) -> list
     return failed
 
 
+def _encoding(job: Job) -> Encoding | None:
+    """Which pictures and prompts an arm trains on: whether mixed, and the seed; None for clips."""
+    arm = arm_named(job[0])
+    return (arm.mixed, job[1]) if arm.kind == "recipe" else None
+
+
+def _shared_encodings(jobs: list[Job]) -> list[Encoding]:
+    """What several arms would encode. Arms of a seed walk in step: each would miss what the others are encoding."""
+    counts = Counter(filter(None, map(_encoding, jobs)))
+    return [encoding for encoding, arms in counts.items() if arms > 1]
+
+
 def environment(number: int, cores: int) -> dict[str, str]:
     """Returns the environment of a job by its number: its share of the cores, and one of several GPUs in turn."""
     own = {"OMP_NUM_THREADS": str(cores), **os.environ}
@@ -139,12 +167,27 @@ def environment(number: int, cores: int) -> dict[str, str]:
     return own
 
 
-def _run_job(lab: LabConfig, arm: str, seed: int, own: dict[str, str]) -> int:
-    folder = arm_folder(lab, arm, seed)
-    folder.mkdir(parents=True, exist_ok=True)
+def _encode(lab: LabConfig, mixed: bool, seed: int, own: dict[str, str]) -> Path | None:
+    """Encodes what several arms will see; returns the log if that failed."""
+    arm = next(arm for arm in ARMS.values() if arm.kind == "recipe" and arm.mixed == mixed)
+    name = f"encoding-{'mixed-' if mixed else ''}{seed}"
+    log = lab.output / "shared" / f"{name}.log"
+    return log if _run("encode", train_flags(lab, arm, lab.output / "shared" / name, seed), log, own) else None
+
+
+def _run_job(lab: LabConfig, job: Job, encoding: Future[Path | None] | None, own: dict[str, str]) -> int:
+    log = arm_folder(lab, *job) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if encoding is not None and (why := encoding.result()) is not None:
+        log.write_text(f"its prompts and pictures could not be encoded: read {why}\n")
+        return 1
     flags = [
         word for name, value in flat_settings(lab).items() if value is not None for word in (f"--{name}", str(value))
     ]
-    command = [sys.executable, "-m", "vflora.cli", "world", "arm", "--arm", arm, "--seed", str(seed), *flags]
-    with (folder / "log.txt").open("a") as log:
-        return subprocess.run(command, stdout=log, stderr=log, env=own, check=False).returncode
+    return _run("world arm", ["--arm", job[0], "--seed", str(job[1]), *flags], log, own)
+
+
+def _run(command: str, flags: list[str], log: Path, own: dict[str, str]) -> int:
+    with log.open("a") as stream:
+        words = [sys.executable, "-m", "vflora.cli", *command.split(), *flags]
+        return subprocess.run(words, stdout=stream, stderr=stream, env=own, check=False).returncode

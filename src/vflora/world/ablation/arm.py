@@ -96,19 +96,19 @@ def _train(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> Path | None:
         return adapter if adapter.exists() else finetune(lab, adapter, still=arm.still, seed=seed)
     last = folder / "lora" / f"checkpoint-{lab.steps}"
     if not last.exists():
-        train.run(parse("train", _flags(lab, arm, folder, seed)))
+        train.run(parse("train", train_flags(lab, arm, folder, seed)))
     return finished(folder / "lora", lab.steps) / "lora"
 
 
-def _flags(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> list[str]:
-    """The command line of `vflora train`: the package's defaults but for size, length and learning rate."""
+def train_flags(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> list[str]:
+    """Returns the flags of `vflora train`: the package's defaults but for size, length and learning rate."""
     world = str(lab.world_folder)
     flags = ["--config", str(lab.recipe)] if lab.recipe else []
     embedder = lab.embedder_folder(place_bound=arm.place_bound)
     flags += ["--pipeline_dir", world, "--dino_model_dir", f"{embedder}/dino", "--dino_head_path", f"{embedder}/head"]
     flags += ["--wds_root", str(lab.data_root(mixed=arm.mixed)), "--metadata_key", "character"]
     flags += ["--prompt_bank", str(resources.files("vflora.world") / "prompts.yaml"), "--condition_lookahead", "32"]
-    # Arms of one seed see the same pictures with the same prompts: who comes first encodes them for all.
+    # Arms of one seed see the same pictures with the same prompts.
     flags += ["--condition_cache", str(lab.output / "shared" / "conditions")]
     flags += ["--train_target_resolution", "64x64", "--dtype", lab.dtype, "--device", lab.device]
     flags += ["--max_train_steps", str(lab.steps), "--warmup_steps", str(lab.steps // 20), "--seed", str(seed)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vflora.errors import UserError
+from vflora.muon import BatchedMuon
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class StageRun:
             )
         }
         if self._matrices:
-            self._optimizers["muon"] = torch.optim.Muon(
+            self._optimizers["muon"] = BatchedMuon(
                 [matrix for _, matrix in self._matrices],
                 lr=self.settings.muon_lr or 0.0,
                 weight_decay=self.settings.weight_decay,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vflora.adapters import read_adapter
 from vflora.config import require
-from vflora.distributed.modes import OWN_SAMPLE, WHOLE_BASE
+from vflora.distributed.modes import WHOLE_BASE
 from vflora.distributed.processes import ALONE, World
 from vflora.distributed.sequence_parallel import enable_context_parallel
 from vflora.distributed.sharding import fill_shards, shard
@@ -42,7 +42,7 @@ def build_student(
     """
     model, lora = settings.model, settings.lora
     sharded = world.size > 1 and settings.distributed.enable_fsdp
-    require_shareable(settings.speed, world, sharded=sharded)
+    require_shareable(settings.speed, sharded=sharded)
     require(
         not (settings.speed.student_graphs and lora.lora_dropout > 0),
         "--student_graphs would drop the same inputs at every step: set it to false, or drop --lora_dropout.",
@@ -73,22 +73,16 @@ def build_student(
     return denoiser, acceleration
 
 
-def require_shareable(speed: SpeedConfig, world: World, *, sharded: bool) -> None:
+def require_shareable(speed: SpeedConfig, *, sharded: bool) -> None:
     """Refuses settings that several processes cannot have.
 
     Args:
         speed: of the run.
-        world: the processes.
         sharded: whether the base is in pieces.
 
     Raises:
         UserError: with the way out.
     """
-    for name in OWN_SAMPLE:
-        require(
-            not (getattr(speed, name) and world.sp_size > 1),
-            f"--{name} cannot replay what processes that share a sample tell each other: drop it or --sp_size.",
-        )
     if not sharded:
         return
     plain = SpeedConfig()

@@ -34,7 +34,7 @@ def test_every_way_is_timed_and_compared_with_one_process(launch, tmp_path):
 @pytest.mark.parametrize(
     ("processes", "speed", "sentence"),
     [
-        (2, {"rollout_graphs": True}, "--rollout_graphs cannot replay"),
+        (2, {"rollout_graphs": True}, "--rollout_graphs does not go with a base that is sharded"),
         (2, {"weight_storage": "int8"}, "--weight_storage does not go with a base that is sharded"),
         (4, {}, "2 attention heads do not divide by --nproc_per_node 4: use 1 or 2"),
     ],

@@ -25,21 +25,21 @@ def parsed(train_flags, monkeypatch):
     return read
 
 
-def accepted(settings, processes):
-    world = World(0, processes, sp_size=settings.distributed.sp_size)
-    require_shareable(settings.speed, world, sharded=settings.distributed.enable_fsdp)
+def accepted(settings):
+    require_shareable(settings.speed, sharded=settings.distributed.enable_fsdp)
 
 
 @pytest.mark.parametrize("sp_size", [1, 2])
 @pytest.mark.parametrize("fsdp", [[], ["--enable_fsdp", "true"], ["--enable_fsdp", "false"]], ids=["", "true", "false"])
 @pytest.mark.parametrize("mode", ["exact", "fast", "low_memory"])
 def test_every_mode_works_as_it_stands(parsed, mode, fsdp, sp_size):
-    accepted(parsed(2, "--mode", mode, "--sp_size", str(sp_size), *fsdp), 2)
+    accepted(parsed(2, "--mode", mode, "--sp_size", str(sp_size), *fsdp))
 
 
+@pytest.mark.parametrize("sp_size", ["1", "2"])
 @pytest.mark.parametrize("mode", ["fast", "low_memory"])
-def test_a_mode_is_the_same_for_several_processes_each_with_the_whole_base(parsed, mode):
-    settings = parsed(2, "--mode", mode)
+def test_a_mode_is_the_same_for_several_processes_each_with_the_whole_base(parsed, mode, sp_size):
+    settings = parsed(2, "--mode", mode, "--sp_size", sp_size)
     assert settings.speed == SpeedConfig.preset(mode)
     assert not settings.distributed.enable_fsdp
 
@@ -66,19 +66,11 @@ def test_with_the_base_in_pieces_on_purpose_the_mode_says_what_it_leaves_out(par
     ]
 
 
-def test_processes_that_share_a_sample_have_no_graphs(parsed):
-    speed = parsed(2, "--mode", "fast", "--sp_size", "2").speed
-    assert speed == SpeedConfig.preset("fast", rollout_graphs=False, student_graphs=False)
-
-
 def test_what_is_given_stays_and_is_refused_with_the_way_out(parsed):
     settings = parsed(2, "--mode", "fast", "--enable_fsdp", "true", "--rollout_graphs")
     assert settings.speed.rollout_graphs
     with pytest.raises(UserError, match="--rollout_graphs does not go with .* drop it, or add --enable_fsdp false"):
-        accepted(settings, 2)
-    settings = parsed(2, "--mode", "fast", "--rollout_graphs", "--sp_size", "2")
-    with pytest.raises(UserError, match="--rollout_graphs cannot replay .* drop it or --sp_size"):
-        accepted(settings, 2)
+        accepted(settings)
 
 
 def test_a_number_that_is_none_is_left_to_the_parser(parsed):

@@ -75,8 +75,8 @@ def run(settings: BenchParallelSettings) -> None:
     config, device = settings.bench, torch_device(settings.bench.device)
     with joined(1, device) as together:
         worlds = {way: _world(way, together, device) for way in settings.parallel.ways}
-        for way, world in worlds.items():
-            require_shareable(settings.speed, world, sharded=_is_sharded(way))
+        for way in worlds:
+            require_shareable(settings.speed, sharded=_is_sharded(way))
         result: dict[str, Any] = {
             "device": device_name(device),
             "torch": torch.__version__,

@@ -13,8 +13,6 @@ logger = logging.getLogger(__name__)
 
 WHOLE_BASE = ("weight_storage", "rollout_precision", "rollout_graphs", "student_graphs", "block_offload")
 """Flags that do not go with a base in pieces, but for their plain values."""
-OWN_SAMPLE = ("rollout_graphs", "student_graphs")
-"""Flags that do not go with processes that share a sample."""
 
 
 def expand_mode_for(processes: int, arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
@@ -22,8 +20,8 @@ def expand_mode_for(processes: int, arguments: Sequence[str], groups: Sequence[t
 
     A mode leaves every process its whole base where its flags need that, as a single process has it: memory and
     numbers are those of the mode. Only where `--enable_fsdp true` is on the command line (every saved run of a single
-    process has it too, without meaning it) the mode does without those flags, and so it does without CUDA graphs where
-    processes share a sample. A flag that is given stays, and may be refused.
+    process has it too, without meaning it) the mode does without those flags. A flag that is given stays, and may be
+    refused.
 
     Args:
         processes: that torchrun started.
@@ -47,8 +45,6 @@ def expand_mode_for(processes: int, arguments: Sequence[str], groups: Sequence[t
         wanted = [name for name in names if of_mode.get(name, plain[name]) != plain[name]]
         return [name for name in wanted if name not in dropped and not name.startswith(inert)]
 
-    if str(settings.get("sp_size", 1)) != "1":  # a word that is no number is left to the parser
-        dropped += needed(OWN_SAMPLE)
     if typed.get("enable_fsdp") == "true":
         dropped += needed(WHOLE_BASE)
     elif needed(WHOLE_BASE):

@@ -1,7 +1,8 @@
 """Several processes on one sample: each holds a part of its tokens, and for attention a part of the heads.
 
 Ulysses (Jacobs et al. 2023, arXiv 2309.14509), by diffusers' context parallelism. The model has no plan for it, so
-here is one for the dense forward pass. Text and video enter the first block split, and the velocity leaves whole.
+here is one for the dense forward pass. Text and video enter the first block split, and the velocity leaves whole. What
+happens in the attention of evenly divided tokens is `vflora.distributed.ulysses`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vflora.distributed.processes import World
+from vflora.distributed.ulysses import Ulysses
 
 _ROTARY = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
 _TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)
@@ -48,8 +50,11 @@ def enable_context_parallel(
     with _quietly(), _some_accelerator():
         plan = {name: what for name, what in _PLAN.items() if not (uneven and name == "proj_out")}
         transformer.enable_parallelism(config=config, cp_plan=plan)
-    if uneven:
-        group = world.mesh["ulysses"].get_group()
+    group = world.mesh["ulysses"].get_group()
+    if not uneven:
+        for block in transformer.transformer_blocks:
+            block.attn.processor.ulysses = Ulysses(group.group_name, world.sp_size)
+    else:
         transformer.proj_out.register_forward_hook(lambda _module, _args, part: _gathered(part, group))
     # Said by torch 2.13 to diffusers 0.42 in every forward pass.
     warnings.filterwarnings("ignore", ".*all_gather_tensor` is deprecated", FutureWarning)

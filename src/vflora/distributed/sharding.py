@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import cast
+
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vflora.distributed.processes import World
@@ -33,6 +36,10 @@ def shard(transformer: HunyuanVideo15Transformer3DModel, world: World, device: t
     for block in transformer.transformer_blocks:
         fully_shard(block, mesh=mesh, mp_policy=exact, ignored_params=trained & set(block.parameters()))
     fully_shard(transformer, mesh=mesh, mp_policy=exact, ignored_params=trained)
+    blocks = cast(list[FSDPModule], list(transformer.transformer_blocks))
+    for block, following in pairwise(blocks):
+        # Otherwise asked for when its turn comes, which is too late where Python hardly keeps ahead of the accelerator.
+        block.set_modules_to_forward_prefetch([following])
 
 
 def fill_shards(transformer: HunyuanVideo15Transformer3DModel, files: WeightFiles, device: torch.device) -> None:

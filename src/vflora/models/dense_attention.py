@@ -9,15 +9,19 @@ for batches of texts of unequal length.
 from __future__ import annotations
 
 from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vflora.models.attention_choice import attend
+
+if TYPE_CHECKING:
+    from vflora.distributed.ulysses import Ulysses
 
 
 class DenseAttention:
@@ -28,9 +32,14 @@ class DenseAttention:
     _attention_backend = None
     _parallel_config = None
 
+    ulysses: Ulysses | None = None
+    """Who shares the tokens, where they divide evenly."""
+    padding = 0
+    """Tokens at the end of the last such process that are none."""
+
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: nn.Module,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -38,22 +47,30 @@ class DenseAttention:
     ) -> tuple[Tensor, Tensor]:
         """Returns the attended video tokens [B, N, C] and text tokens [B, M, C]."""
         video_tokens = hidden_states.shape[1]
-        query, key, value = (
-            project(hidden_states).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query = apply_rotary_emb(attn.norm_q(query), image_rotary_emb, sequence_dim=1)
-        key = apply_rotary_emb(attn.norm_k(key), image_rotary_emb, sequence_dim=1)
-        text_query, text_key, text_value = (
-            project(encoder_hidden_states).unflatten(2, (attn.heads, -1))
-            for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        )
-        query = torch.cat([query, attn.norm_added_q(text_query)], dim=1)
-        key = torch.cat([key, attn.norm_added_k(text_key)], dim=1)
-        value = torch.cat([value, text_value], dim=1)
+
+        def heads(project: nn.Module, tokens: Tensor) -> Tensor:
+            return project(tokens).unflatten(2, (attn.heads, -1))
+
+        def query() -> Tensor:
+            video = apply_rotary_emb(attn.norm_q(heads(attn.to_q, hidden_states)), image_rotary_emb, sequence_dim=1)
+            return torch.cat([video, attn.norm_added_q(heads(attn.add_q_proj, encoder_hidden_states))], dim=1)
+
+        def key() -> Tensor:
+            video = apply_rotary_emb(attn.norm_k(heads(attn.to_k, hidden_states)), image_rotary_emb, sequence_dim=1)
+            return torch.cat([video, attn.norm_added_k(heads(attn.add_k_proj, encoder_hidden_states))], dim=1)
+
+        def value() -> Tensor:
+            video = heads(attn.to_v, hidden_states)
+            return torch.cat([video, heads(attn.add_v_proj, encoder_hidden_states)], dim=1)
+
         if attention_mask is not None:
             attention_mask = pad(attention_mask, (video_tokens, 0), value=True)
-        joint = attend(query, key, value, attention_mask, self._attention_backend, self._parallel_config)
-        joint = joint.flatten(2, 3).to(query.dtype)
+        kernel = self._attention_backend
+        if self.ulysses is None:
+            joint = attend(query(), key(), value(), attention_mask, kernel, self._parallel_config)
+        else:
+            joint = self.ulysses.attend(query, key, value, attention_mask, kernel, self.padding)
+        joint = joint.flatten(2, 3)
         video, text = joint[:, :video_tokens], joint[:, video_tokens:]
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text)
 
@@ -105,7 +122,7 @@ def _dense_forward(
     if mask is not None:
         # Rows of padding may hold anything; as queries they must at least stay finite.
         context = context.masked_fill(~mask[..., None], 0)
-    context, mask = _divisible(context, mask, _processes(self))
+    context, mask = _divisible(context, mask, self.transformer_blocks)
 
     recompute = torch.is_grad_enabled() and self.gradient_checkpointing
     for block in self.transformer_blocks:
@@ -150,20 +167,16 @@ def _key_mask(parts: list[Tensor], masks: list[Tensor | None]) -> Tensor | None:
     )
 
 
-def _processes(transformer: HunyuanVideo15Transformer3DModel) -> int:
-    """Among how many processes the tokens of a sample must divide."""
-    config = transformer._parallel_config and transformer._parallel_config.context_parallel_config
-    return config.ulysses_degree or 1 if config and not config.ulysses_anything else 1
-
-
-def _divisible(context: Tensor, mask: Tensor | None, processes: int) -> tuple[Tensor, Tensor | None]:
-    """Pads the text so that every process gets equally much of it; an exact fit stays free of a mask."""
-    missing = -context.shape[1] % processes
-    if missing == 0:
-        return context, mask
-    if mask is None:
-        mask = context.new_ones(context.shape[:2], dtype=torch.bool)
-    return pad(context, (0, 0, 0, missing)), pad(mask, (0, missing), value=False)
+def _divisible(context: Tensor, mask: Tensor | None, blocks: nn.ModuleList) -> tuple[Tensor, Tensor | None]:
+    """Pads the text so that every process gets equally much of it, and tells the blocks how many tokens are none."""
+    processors = [cast(DenseAttention, cast(Any, block).attn.processor) for block in blocks]
+    ulysses = processors[0].ulysses
+    missing = 0 if ulysses is None else -context.shape[1] % ulysses.size
+    for processor in processors:
+        processor.padding = missing
+    if mask is not None:
+        mask = pad(mask, (0, missing), value=False)
+    return pad(context, (0, 0, 0, missing)), mask
 
 
 def _unpatchify(tokens: Tensor, size: torch.Size, config) -> Tensor:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -102,6 +104,15 @@ def test_a_family_of_commands_lists_its_own(capsys, words, code):
     assert "world ablate" in shown
     assert "train-head" not in shown
     assert ("no command 'world nothing'" in shown) == ("nothing" in words)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_help_whose_reader_has_left_ends_without_a_complaint(words):
+    command = [sys.executable, "-m", "vflora.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head` does, before anything was written
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, b"")
 
 
 def test_overview_lists_every_command(capsys):

@@ -96,8 +96,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_logging()
     _quiet_libraries()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not is_first() and _ANSWERS & {*words}:
+    if not _ANSWERS & {*words}:
+        return _main(words)
+    if not is_first():
         return 0
+    try:
+        try:
+            return _main(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(words: list[str]) -> int:
     if words in (["--version"], ["-V"]):
         print(f"vflora {__version__}")
         return 0

@@ -106,7 +106,7 @@ def test_a_family_of_commands_lists_its_own(capsys, words, code):
     assert ("no command 'world nothing'" in shown) == ("nothing" in words)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"]], ids=" ".join)
 def test_help_whose_reader_has_left_ends_without_a_complaint(words):
     command = [sys.executable, "-m", "vflora.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -96,10 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_logging()
     _quiet_libraries()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not _ANSWERS & {*words}:
-        return _main(words)
-    if not is_first():
+    answers = bool(_ANSWERS & {*words})
+    if answers and not is_first():
         return 0
+    if words and not answers:
+        return _main(words)
     try:
         try:
             return _main(words)

@@ -1,10 +1,13 @@
 """The decode used in training against the stock decode of diffusers."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from diffusers import AutoencoderKLHunyuanVideo15
 
+from vflora.models.light_decoder import lighten_decoder
 from vflora.models.random_weights import small_vae
 from vflora.models.video_vae import decode_frames, encode_first_frame, latent_frames_for, patch_frame_attention
 
@@ -88,7 +91,9 @@ def test_a_batch_of_two_equals_two_batches_of_one(vae):
         assert relative(both_grad[i : i + 1], one_grad) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{"checkpointed": True}, {"tile": 32}, {"tile": 16}, {"tile": 48}])
+@pytest.mark.parametrize(
+    "options", [{"checkpointed": True}, {"tile": 32}, {"tile": 16}, {"tile": 48}, {"tile": 8}, {"tile": 20}]
+)
 def test_recomputed_and_tiled_decodes_equal_the_stock_decode_and_its_gradient(stock, vae, options):
     z = latents(seed=1)
     weight = torch.randn(1, 3, 9, 48, 64)
@@ -96,6 +101,65 @@ def test_recomputed_and_tiled_decodes_equal_the_stock_decode_and_its_gradient(st
     video, grad = with_gradient(lambda x: decode_frames(vae, x, **options), z, weight)
     assert torch.allclose(video, expected, atol=1e-5)
     assert relative(grad, expected_grad) < 1e-5
+
+
+@pytest.mark.parametrize("tile", [6, 8, 56])
+@pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize("size", [(2, 7), (5, 1)])
+def test_tiles_of_any_size_give_the_chosen_frames_and_the_gradient_of_the_whole(vae, size, light, tile):
+    # Around 8 pixels wide they have neighbours that end at the frame's edge, inside the border; 56 leave a sliver.
+    if light:
+        lighten_decoder(vae)
+    z = latents(2, 2, *size, seed=2)
+    frames = torch.tensor([[0, 3], [4, 1]])
+    weight = torch.randn(2, 3, 2, 16 * size[0], 16 * size[1])
+    expected, expected_grad = with_gradient(lambda x: decode_frames(vae, x, frames), z, weight)
+    video, grad = with_gradient(lambda x: decode_frames(vae, x, frames, tile=tile), z, weight)
+    assert torch.allclose(video, expected, atol=1e-5)
+    for edge in (..., (..., 0), (..., -1), (..., 0, slice(None)), (..., -1, slice(None))):
+        assert relative(grad[edge], expected_grad[edge]) < 1e-5
+
+
+def multiplications(vae, decode):
+    """How many all convolutions of a part of the decoder do together, by the name of the part."""
+    counted = Counter()
+
+    def count(part, conv):
+        def hook(_module, _args, out):
+            counted[part] += out.numel() * conv.weight[0].numel()
+
+        return conv.register_forward_hook(hook)
+
+    convs = {name: module for name, module in vae.decoder.named_modules() if isinstance(module, torch.nn.Conv3d)}
+    handles = [count(".".join(name.split(".")[:2]), conv) for name, conv in convs.items()]
+    decode()
+    for handle in handles:
+        handle.remove()
+    return counted
+
+
+@pytest.mark.parametrize("with_backward", [False, True])
+def test_tiles_do_little_more_than_the_whole_decode(with_backward):
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanVideo15().requires_grad_(False).eval()  # 3 resnets in every block of the decoder
+        z = torch.zeros(1, 32, 1, 30, 53, requires_grad=with_backward)
+
+    def decode(tile):
+        video = decode_frames(vae, z, tile=tile)
+        if with_backward and tile:
+            video.sum().backward()
+
+    whole = multiplications(vae, lambda: decode(None))
+    tiled = multiplications(vae, lambda: decode(128))
+    runs = 2 if with_backward else 1
+    ratio = {part: tiled[part] / whole[part] / runs for part in whole}
+    # At the full resolution, 3 resnets and a convolution are left: 7 pixels on each side, and one for rounding. With
+    # the border of the last two blocks it would be 22 pixels all the way, which is 1.67 times the whole decode.
+    assert ratio["up_blocks.4"] < (1 + 2 * 8 / 128) ** 2
+    assert ratio["conv_out.conv"] < (1 + 2 * 2 / 128) ** 2
+    # One stage alone needs a border of 2 in its own pixels, and its tiles are 4 times as wide.
+    assert ratio["up_blocks.2"] < (1 + 2 * 2 / (4 * 128 / 4)) ** 2
+    assert tiled.total() < 1.2 * runs * whole.total(), "all in all"
 
 
 def saved_megabytes(decode, z):

@@ -1,8 +1,8 @@
 """One image or video by several processes, each with a strip of it and the border that the strip depends on.
 
 For work that is local in space, such as convolutions: what every process computes in the middle of its strip is what
-it would compute without the others, and the rest is cut off. So the strips put together are exact, and so is the sum
-of the gradients that the processes carry back to what they had in common.
+it would compute without the others, and it cuts off the rest as it goes. So the strips put together are exact, and so
+is the sum of the gradients that the processes carry back to what they had in common.
 """
 
 from __future__ import annotations
@@ -26,12 +26,24 @@ class Strip:
         source: what it needs of the input.
         start: where its own part begins in the input.
         end: and where it ends.
+        length: of the whole input.
     """
 
     dim: int
     source: slice
     start: int
     end: int
+    length: int
+
+    @property
+    def before(self) -> int:
+        """Pixels of the border in front of its own part; fewer where the whole begins."""
+        return self.start - self.source.start
+
+    @property
+    def after(self) -> int:
+        """Pixels of the border behind it; fewer where the whole ends."""
+        return self.source.stop - self.end
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Strips:
         return cls(world.rank % world.sp_size, world.sp_size, world.mesh["ulysses"].get_group())
 
     def strip(self, x: Tensor, border: int) -> Strip | None:
-        """Returns the strip of this process, across the longer side; None where strips would save nothing.
+        """Returns the strip of this process, across the longer side; None if that has fewer pixels than processes.
 
         Args:
             x: [..., H, W], alike on all processes.
@@ -64,11 +76,12 @@ class Strips:
         """
         dim = -1 if x.shape[-1] >= x.shape[-2] else -2
         length = x.shape[dim]
-        bounds = [length * rank // self.size for rank in range(self.size + 1)]
-        sources = [slice(max(0, a - border), min(length, b + border)) for a, b in zip(bounds, bounds[1:], strict=False)]
-        if length < self.size or max(s.stop - s.start for s in sources) == length:
+        if length < self.size:
             return None
-        return Strip(dim, sources[self.rank], bounds[self.rank], bounds[self.rank + 1])
+        start, end = (length * rank // self.size for rank in (self.rank, self.rank + 1))
+        # Even if this is all of `x`, the layers to come have less to do: they need less and less of the border.
+        source = slice(max(0, start - border), min(length, end + border))
+        return Strip(dim, source, start, end, length)
 
     def cut(self, x: Tensor, strip: Strip) -> Tensor:
         """Returns the strip of `x` with its border; backward, `x` gets the gradients of all processes, summed."""
@@ -76,17 +89,16 @@ class Strips:
             strip.dim, strip.source.start, strip.source.stop - strip.source.start
         )
 
-    def join(self, part: Tensor, strip: Strip, scale: int, length: int) -> Tensor:
+    def join(self, part: Tensor, strip: Strip, scale: int) -> Tensor:
         """Returns the whole on every process, which all of them must use alike.
 
         Args:
-            part: what became of the strip and its border.
+            part: what became of the strip, without its border.
             strip: the strip.
             scale: how many times larger `part` is than what was cut.
-            length: of the whole along `strip.dim`.
         """
-        own = part.narrow(strip.dim, (strip.start - strip.source.start) * scale, (strip.end - strip.start) * scale)
-        return cast(Tensor, _Joined.apply(own, strip.dim, strip.start * scale, length, self.group))
+        whole = _Joined.apply(part, strip.dim, strip.start * scale, strip.length * scale, self.group)
+        return cast(Tensor, whole)
 
 
 class _Common(torch.autograd.Function):

@@ -125,6 +125,18 @@ def test_the_base_video_is_that_of_the_model_without_any_adapter(made, root, tmp
     assert alone.read_bytes() == (made / "videos" / "01-momo-0.mp4").read_bytes()
 
 
+def test_what_an_earlier_comparison_left_in_the_folder_is_named_and_kept(root, tmp_path, caplog):
+    options = {"lora_scales": [1.0], "video_length": 5, "num_inference_steps": 2}
+    run(settings(root, tmp_path, **options))
+    assert "earlier comparison" not in caplog.text
+    run(settings(root, tmp_path, images=[root / "pictures" / "momo.png"], **options))
+    (said,) = (message for message in caplog.messages if "earlier comparison" in message)
+    # "momo" was the second row, and is the first one now
+    assert said.startswith("6 files in pictures/ and videos/ are of an earlier comparison")
+    assert "(00-little-wren.png, 01-momo.png, 00-little-wren-0.mp4, ...)" in said
+    assert (tmp_path / "videos" / "00-little-wren-0.mp4").is_file()
+
+
 def test_the_printed_command_has_every_setting_that_was_chosen(made, root):
     command = json.loads((made / "index.json").read_text())["command"]
     words = shlex.split(command)

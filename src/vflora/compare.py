@@ -33,6 +33,7 @@ from vflora.video_io import enlarge, to_uint8_frames, write_mp4
 log = logging.getLogger(__name__)
 
 DEVIATION_POINTS = 5
+_NAMED = 3  # of files that nobody asked for
 
 
 class NamedJudge(Embedder, Protocol):
@@ -107,6 +108,15 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
         thumbnail = {"modelspec.thumbnail": thumbnail_uri(best_frame(comparison))}
         write_lora(read_adapter(config.lora_path[0]), config.output_dir, "diffusers", thumbnail)
     log.info("wrote %s, and all that a model card needs beside it", page)
+    strangers = _strangers(rows, config.output_dir)
+    if strangers:
+        log.warning(
+            "%d files in pictures/ and videos/ are of an earlier comparison, and the page does not show them: delete "
+            "them before you share %s (%s)",
+            len(strangers),
+            config.output_dir,
+            ", ".join(file.name for file in strangers[:_NAMED]) + (", ..." if len(strangers) > _NAMED else ""),
+        )
     return page
 
 
@@ -187,6 +197,12 @@ def compare(
                 bar.update()
             rows.append(Row(sample.character, sample.prompt, sample.seed, picture_file, tuple(clips)))
     return tuple(rows)
+
+
+def _strangers(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Returns the pictures and videos in the folder that belong to no row."""
+    own = {file for row in rows for file in (row.picture, *(clip.path for clip in row.clips))}
+    return sorted(file for name in ("pictures", "videos") for file in (folder / name).iterdir() if file not in own)
 
 
 def _identity(video: Tensor, reference: Tensor, embedder: Embedder) -> IdentityScores:

@@ -22,8 +22,7 @@ from vflora.data.schema import DataSet
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.models.conditions import ConditionEncoder
-from vflora.models.loading import ENCODERS, check_pipeline_dir, require_complete
-from vflora.models.original_layout import is_original_layout
+from vflora.models.loading import ENCODERS, require_pipeline
 from vflora.prompts import prompt_maker
 from vflora.run_folder import require_writable
 from vflora.settings import TrainSettings
@@ -55,7 +54,8 @@ def run(settings: EncodeSettings) -> Path:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     claim_device(settings.model.torch_device(), size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
-    _check_models(settings)
+    # Of the transformer only the configuration is read; but what it lacks would stop the training, too.
+    require_pipeline(settings.model.pipeline_dir, "vae", "transformer", *ENCODERS)
     require_writable(folder, "--condition_cache")
     make_prompt = prompt_maker(settings.prompts)
     besides = list(asked_besides(settings, dataset, make_prompt)) if rank == 0 else []
@@ -133,14 +133,6 @@ def _fill(
 def _keeps_pictures(settings: TrainSettings) -> bool:
     """Whether pictures of the batches will be read again: where rollouts keep them, augmented ones, too."""
     return settings.run.trajectory_dir is not None or not settings.data.enable_augmentation
-
-
-def _check_models(settings: TrainSettings) -> None:
-    pipeline_dir = settings.model.pipeline_dir
-    check_pipeline_dir(pipeline_dir)
-    if not is_original_layout(pipeline_dir):
-        # Of the transformer only the configuration is read; but what it lacks would stop the training, too.
-        require_complete(pipeline_dir, "vae", "transformer", *ENCODERS)
 
 
 def _report(settings: TrainSettings, folder: Path, share: _Share, processes: int, size: int) -> None:

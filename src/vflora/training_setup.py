@@ -23,8 +23,7 @@ from vflora.identity_term import IdentityTerm
 from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
 from vflora.models.identity import IdentityEmbedder, require_backbone
-from vflora.models.loading import ENCODERS, check_pipeline_dir, require_complete
-from vflora.models.original_layout import is_original_layout
+from vflora.models.loading import ENCODERS, require_pipeline
 from vflora.models.roles import Student
 from vflora.models.speed import Acceleration, accelerate_decoder
 from vflora.optimizer import LoraOptimizer
@@ -213,10 +212,8 @@ def _restore(denoiser: Denoiser, optimizer: LoraOptimizer, tensors: dict[str, Te
 
 def _sources(settings: TrainSettings) -> dict[str, str]:
     require_logger(settings.run.logger)
-    check_pipeline_dir(settings.model.pipeline_dir)
-    if not is_original_layout(settings.model.pipeline_dir):
-        encoders = ENCODERS if condition_folder(settings) is None else ()
-        require_complete(settings.model.pipeline_dir, "vae", "transformer", *encoders)
+    encoders = ENCODERS if condition_folder(settings) is None else ()
+    require_pipeline(settings.model.pipeline_dir, "vae", "transformer", *encoders)
     require_backbone(Path(settings.identity.dino_model_dir))
     return sources_of(settings)
 

@@ -37,22 +37,17 @@ def expand_mode_for(processes: int, arguments: Sequence[str], groups: Sequence[t
     plain = {name: _text(value) for preset in presets for name, value in asdict(preset).items()}
     typed = dict(flag_values(arguments))
     settings = saved_settings(flag_values(arguments)) | typed
-    mode, added, dropped = settings[MODE], [], []
-
-    def needed(names: Sequence[str]) -> list[str]:
-        # Trajectories on the disk were rolled out elsewhere: how, is no matter of these processes.
-        inert = "rollout_" if settings.get("trajectory_dir") else "-"
-        wanted = [name for name in names if of_mode.get(name, plain[name]) != plain[name]]
-        return [name for name in wanted if name not in dropped and not name.startswith(inert)]
-
-    if typed.get("enable_fsdp") == "true":
-        dropped += needed(WHOLE_BASE)
-    elif needed(WHOLE_BASE):
-        added.append("--enable_fsdp=false")
-    if dropped:
-        said = ", ".join(f"--{name}" for name in dropped)
-        logger.info("--mode %s on %d processes leaves out what they cannot have: %s", mode, processes, said)
-    return [*expanded, *(f"--{name}={plain[name]}" for name in dropped), *added]
+    # Trajectories on the disk were rolled out elsewhere: how, is no matter of these processes.
+    inert = "rollout_" if settings.get("trajectory_dir") else "-"
+    wanted = [name for name in WHOLE_BASE if of_mode.get(name, plain[name]) != plain[name]]
+    needed = [name for name in wanted if not name.startswith(inert)]
+    if not needed:
+        return expanded
+    if typed.get("enable_fsdp") != "true":
+        return [*expanded, "--enable_fsdp=false"]
+    said = ", ".join(f"--{name}" for name in needed)
+    logger.info("--mode %s on %d processes leaves out what they cannot have: %s", settings[MODE], processes, said)
+    return [*expanded, *(f"--{name}={plain[name]}" for name in needed)]
 
 
 def _text(value: object) -> str:

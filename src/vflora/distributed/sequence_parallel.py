@@ -51,11 +51,12 @@ def enable_context_parallel(
         plan = {name: what for name, what in _PLAN.items() if not (uneven and name == "proj_out")}
         transformer.enable_parallelism(config=config, cp_plan=plan)
     group = world.mesh["ulysses"].get_group()
-    if not uneven:
-        for block in transformer.transformer_blocks:
-            block.attn.processor.ulysses = Ulysses(group.group_name, world.sp_size)
-    else:
+    if uneven:
         transformer.proj_out.register_forward_hook(lambda _module, _args, part: _gathered(part, group))
+    else:
+        sharing = Ulysses(group.group_name, world.sp_size)
+        for block in transformer.transformer_blocks:
+            block.attn.processor.ulysses = sharing
     # Said by torch 2.13 to diffusers 0.42 in every forward pass.
     warnings.filterwarnings("ignore", ".*all_gather_tensor` is deprecated", FutureWarning)
 

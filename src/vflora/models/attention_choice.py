@@ -51,7 +51,7 @@ def attend(
         value: of all tokens.
         mask: which keys are valid, bool [B, N]; None for all.
         backend: of diffusers, or None for its default.
-        parallel_config: of diffusers, where processes share a sample.
+        parallel_config: of diffusers, where processes share a sample whose tokens do not divide evenly.
     """
     if parallel_config is None and mask is None and backend == AttentionBackendName._NATIVE_CUDNN:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

@@ -169,14 +169,21 @@ def _key_mask(parts: list[Tensor], masks: list[Tensor | None]) -> Tensor | None:
 
 def _divisible(context: Tensor, mask: Tensor | None, blocks: nn.ModuleList) -> tuple[Tensor, Tensor | None]:
     """Pads the text so that every process gets equally much of it, and tells the blocks how many tokens are none."""
-    processors = [cast(DenseAttention, cast(Any, block).attn.processor) for block in blocks]
-    ulysses = processors[0].ulysses
-    missing = 0 if ulysses is None else -context.shape[1] % ulysses.size
-    for processor in processors:
-        processor.padding = missing
+    ulysses = _processor(blocks[0]).ulysses
+    if ulysses is None:
+        return context, mask
+    missing = -context.shape[1] % ulysses.size
+    for block in blocks:
+        _processor(block).padding = missing
+    if missing == 0:
+        return context, mask
     if mask is not None:
         mask = pad(mask, (0, missing), value=False)
     return pad(context, (0, 0, 0, missing)), mask
+
+
+def _processor(block: nn.Module) -> DenseAttention:
+    return cast(DenseAttention, cast(Any, block).attn.processor)
 
 
 def _unpatchify(tokens: Tensor, size: torch.Size, config) -> Tensor:

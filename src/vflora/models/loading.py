@@ -79,6 +79,17 @@ def require_complete(pipeline_dir: str, *parts: str) -> None:
             check_weights(folder / part, advice)
 
 
+def require_pipeline(pipeline_dir: str, *parts: str) -> None:
+    """Checks, before anything is loaded, that there is a pipeline, and in a diffusers folder the whole of these parts.
+
+    Raises:
+        UserError: as `check_pipeline_dir` and `require_complete`.
+    """
+    check_pipeline_dir(pipeline_dir)
+    if not is_original_layout(pipeline_dir):
+        require_complete(pipeline_dir, *parts)
+
+
 def open_transformer(
     pipeline_dir: str, transformer_version: str, dtype: torch.dtype
 ) -> tuple[HunyuanVideo15Transformer3DModel, WeightFiles]:

@@ -28,11 +28,13 @@ def draw_plot(results: Results, path: Path) -> None:
         identity = number(results, arm, IDENTITY)
         look = {"color": colours(row % 20), "label": ARMS[arm].title}
         motion, loss = (ratio_to_base(results, arm, name) for name in ("path_ratio", "base_domain_loss"))
-        for axes, ratio in ((motion_axes, motion), (loss_axes, loss)):
-            if axes is motion_axes or abs(motion.mean - 1) <= PATH_TOLERANCE:
-                axes.errorbar(
-                    ratio.mean, identity.mean, xerr=ratio.deviation, yerr=identity.deviation, fmt="o", capsize=3, **look
-                )
+        places = [(motion_axes, motion)]
+        if abs(motion.mean - 1) <= PATH_TOLERANCE:
+            places.append((loss_axes, loss))
+        for axes, ratio in places:
+            axes.errorbar(
+                ratio.mean, identity.mean, xerr=ratio.deviation, yerr=identity.deviation, fmt="o", capsize=3, **look
+            )
         frames = [sum(values) / len(own) for values in zip(*(r["cosine_by_frame"] for r in own), strict=True)]
         width = 2.5 if arm in ("base", "recipe", "oracle") else 1
         time_axes.plot(range(1, len(frames)), frames[1:], linewidth=width, **look)

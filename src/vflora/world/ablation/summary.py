@@ -63,24 +63,24 @@ def number(results: Results, arm: str, name: str) -> Spread:
 
 def ratio_to_base(results: Results, arm: str, name: str) -> Spread:
     """Returns a mark as a ratio to the base's of the same seed."""
-    base = {result["seed"]: result["numbers"][name] for result in results["base"]}
-    return Spread.of([r["numbers"][name] / base[r["seed"]] for r in results[arm] if r["seed"] in base])
+    base, own = (_by_seed(results, key, name) for key in ("base", arm))
+    return Spread.of([own[s] / base[s] for s in own if s in base])
 
 
 def ahead_of_recipe(results: Results, arm: str, name: str = IDENTITY) -> Spread:
     """Returns by how much a mark of an arm is above the plain recipe's of the same seed: pairs see the same exam."""
-    recipe = {result["seed"]: result["numbers"][name] for result in results["recipe"]}
-    return Spread.of([r["numbers"][name] - recipe[r["seed"]] for r in results[arm] if r["seed"] in recipe])
+    recipe, own = (_by_seed(results, key, name) for key in ("recipe", arm))
+    return Spread.of([own[s] - recipe[s] for s in own if s in recipe])
 
 
 def recovered(results: Results, arm: str, name: str = IDENTITY) -> Spread:
     """Returns the share of the gap between base and oracle that an arm closes, seed by seed."""
-    by_seed = {
-        key: {result["seed"]: result["numbers"][name] for result in results[key]} for key in ("base", "oracle", arm)
-    }
-    seeds = set.intersection(*(set(values) for values in by_seed.values()))
-    base, oracle, own = (by_seed[key] for key in ("base", "oracle", arm))
-    return Spread.of([(own[s] - base[s]) / (oracle[s] - base[s]) for s in sorted(seeds)])
+    base, oracle, own = (_by_seed(results, key, name) for key in ("base", "oracle", arm))
+    return Spread.of([(own[s] - base[s]) / (oracle[s] - base[s]) for s in own if s in base and s in oracle])
+
+
+def _by_seed(results: Results, arm: str, name: str) -> dict[int, float]:
+    return {result["seed"]: result["numbers"][name] for result in results[arm]}
 
 
 def gates(results: Results) -> list[Gate]:

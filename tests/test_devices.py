@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vflora.config import ModelConfig
-from vflora.devices import available_memory, limit_memory, torch_device
+from vflora.devices import available_memory, limit_memory, one_thread, torch_device
 from vflora.errors import UserError
 from vflora.world.pretrain import PretrainConfig
 
@@ -29,6 +29,18 @@ def test_a_device_that_pytorch_does_not_know_is_refused_with_the_way_to_write_it
 def test_a_device_that_this_machine_lacks_is_refused_before_anything_is_loaded(name):
     with pytest.raises(UserError, match=f"--device {name} is not on this machine.* write auto or cpu"):
         torch_device(name)
+
+
+def test_small_work_has_one_thread_and_what_follows_has_as_many_as_before():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="inside"), one_thread():
+            assert torch.get_num_threads() == 1
+            raise RuntimeError("inside")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_every_command_reads_the_flag_with_the_same_function():

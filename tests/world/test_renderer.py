@@ -16,6 +16,7 @@ from vflora.world.scenes import (
     motion_prompt,
     paths,
     prompts,
+    reach,
     sample_scenes,
 )
 
@@ -73,6 +74,14 @@ def test_a_post_leaves_frame_0_whole_and_hides_part_of_the_character_later(rende
     seen = clips.mask[behind].sum((2, 3)) / open_field.mask[behind].sum((2, 3))
     assert (seen.amin(1) < 0.9).all()
     assert (seen.argmin(1) >= 5).all()
+
+
+def test_how_far_a_path_reaches_is_read_off_the_path_itself():
+    scenes = draw("geometric", count=96)
+    path = paths(scenes.motion, scenes.direction, scenes.speed, 129)
+    low, high = reach(scenes.motion, scenes.direction, scenes.speed)
+    assert torch.equal(low, path.amin(1))
+    assert torch.equal(high, path.amax(1))
 
 
 def test_the_path_follows_the_words():

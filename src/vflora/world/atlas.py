@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from vflora.devices import one_thread
 from vflora.errors import UserError
 from vflora.world.bodies import draw_character
 from vflora.world.characters import Domain, character_count
@@ -49,7 +48,7 @@ class Atlas:
                 f"{self.domain} has characters 0 to {len(self._rgba) - 1}, not {missing[0]} to {missing[-1]}."
             )
         if missing:
-            with _one_thread():
+            with one_thread():
                 drawings = torch.stack([draw_character(c, domain=self.domain, size=TEXELS) for c in missing])
             rows = torch.tensor(missing, device=self._rgba.device)
             self._rgba[rows] = (drawings * 255).round().to(torch.uint8).to(self._rgba.device)
@@ -63,20 +62,6 @@ class Atlas:
 def atlas_for(domain: Domain, device: torch.device) -> Atlas:
     """Returns the one atlas of this process for a domain and a device."""
     return Atlas(domain, device)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Inside, PyTorch computes on one thread: many that share so small a picture only wait for each other.
-
-    On 32 cores with two such processes a drawing took 150 ms instead of 4.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _centroids(alpha: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Self
 
 import torch
@@ -198,8 +199,17 @@ def paths(motion: Tensor, direction: Tensor, speed: Tensor, frames: int) -> Tens
 
 def reach(motion: Tensor, direction: Tensor, speed: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the lowest and highest (x, y) of each path relative to its start, both [B, 2]."""
-    path = paths(motion, direction, speed, 129)
-    return path.amin(1), path.amax(1)
+    low, high = (bounds.to(motion.device) for bounds in _reaches())
+    return low[motion, direction, speed], high[motion, direction, speed]
+
+
+@cache
+def _reaches() -> tuple[Tensor, Tensor]:
+    """Returns what `reach` does for every motion, direction and speed there is."""
+    words = (len(MOTIONS), len(DIRECTIONS), len(SPEEDS))
+    every = torch.cartesian_prod(*(torch.arange(count) for count in words))
+    path = paths(*every.unbind(1), 129)
+    return path.amin(1).view(*words, 2), path.amax(1).view(*words, 2)
 
 
 def limb_phases(scenes: Scenes) -> Tensor:

@@ -40,6 +40,9 @@ def test_arms_are_trained_graded_and_put_side_by_side(tmp_path, monkeypatch):
     assert result["numbers"]["base_domain_loss"] > 0
     assert 0 < result["share/rollout"] < 1
     assert len(result["cosine_by_frame"]) == 17
+    by_sigma = result["base_domain_loss_by_sigma"]
+    assert len(by_sigma) == 8
+    assert sum(by_sigma) / 8 == pytest.approx(result["numbers"]["base_domain_loss"], rel=1e-5)
     # Encoded once, before either arm began.
     encoded = written.parent / "shared"
     assert "all 2 prompts and 2 pictures" in (encoded / "encoding-0.log").read_text()

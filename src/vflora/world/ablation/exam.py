@@ -28,6 +28,7 @@ from vflora.world.vae_training import make_fast
 
 _SHOWN = 4
 _SIGMAS_PER_CLIP = 4
+_SIGMA_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Marks:
         numbers: means over the clips, see `Grades.summary`, and `base_domain_loss`.
         retrieval_by_frame: share of clips whose frame is taken for the right character, [F].
         cosine_by_frame: of each frame to the right character's vector, mean over clips [F].
+        base_domain_loss_by_sigma: `base_domain_loss` in eight parts, from the least noise to the most: where the
+            model has forgotten.
     """
 
     numbers: dict[str, float]
     retrieval_by_frame: list[float]
     cosine_by_frame: list[float]
+    base_domain_loss_by_sigma: list[float]
 
 
 def examine(lab: LabConfig, adapter: Path | None, picture: Path, *, seed: int, own_domain: bool = False) -> Marks:
@@ -66,12 +70,14 @@ def examine(lab: LabConfig, adapter: Path | None, picture: Path, *, seed: int, o
     scenes, clips = _clips(lab, "creatures", lab.split, seed)
     videos, grades = _grade(lab, pipeline, scenes, clips, seed)
     save_grid(picture, videos, clips=_SHOWN, every=4)
-    numbers = grades.summary() | {"base_domain_loss": _base_domain_loss(lab, pipeline, sizes, seed)}
+    own_losses = _base_domain_losses(lab, pipeline, sizes, seed)
+    numbers = grades.summary() | {"base_domain_loss": own_losses.mean().item()}
     if own_domain:
         own = _grade(lab, pipeline, *_clips(lab, "geometric", "dev", seed), seed)[1]
         numbers |= {f"own_domain/{name}": value for name, value in own.summary().items()}
     retrieved = (grades.rank == 0).float().mean(0)
-    return Marks(numbers, retrieved.tolist(), grades.cosine.mean(0).tolist())
+    by_sigma = [part.mean().item() for part in own_losses.tensor_split(_SIGMA_PARTS)]
+    return Marks(numbers, retrieved.tolist(), grades.cosine.mean(0).tolist(), by_sigma)
 
 
 def _clips(lab: LabConfig, domain: Domain, split: Split, seed: int) -> tuple[Scenes, Clips]:
@@ -96,15 +102,15 @@ def _grade(
 
 
 @torch.no_grad()
-def _base_domain_loss(
+def _base_domain_losses(
     lab: LabConfig, pipeline: HunyuanVideo15ImageToVideoPipeline, sizes: WorldSizes, seed: int
-) -> float:
-    """Flow-matching loss on the base's own domain: what the LoRA has made the model forget."""
+) -> Tensor:
+    """Flow-matching losses on the base's own domain, by rising noise: what the LoRA has made the model forget."""
     scenes, clips = _clips(lab, "geometric", "dev", seed)
     device, denoiser = clips.video.device, Denoiser(pipeline.transformer)
     bank = PromptBank(pipeline, prompts_of(scenes), device)
     rows = torch.tensor([bank.index[text] for text in prompts_of(scenes)])
-    losses = []
+    losses, sigmas = [], []
     for part in torch.arange(len(scenes)).split(64):
         video = clips.video[part.to(device)]
         clean = encode_clips(pipeline.vae, video)
@@ -115,4 +121,5 @@ def _base_domain_loss(
             noise = torch.stack([keyed_noise(clean.shape[1:], seed, "exam noise", int(i), draw) for i in part])
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses.append(flow_errors(denoiser, clean, conditions, sigma, noise.to(device)))
-    return torch.cat(losses).mean().item()
+            sigmas.append(sigma)
+    return torch.cat(losses)[torch.cat(sigmas).argsort()]

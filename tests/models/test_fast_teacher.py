@@ -26,10 +26,10 @@ def setting(transformer, make_conditions):
     return Denoiser(transformer), switch, make_conditions(), noise, sampling_sigmas(STEPS, 5.0)
 
 
-def roll(teacher, setting, points=STEPS):
+def roll(teacher, setting, points=STEPS, **guidance):
     denoiser, _, conditions, noise, sigmas = setting
     with denoiser.teacher():
-        return rollout(teacher, conditions, noise, sigmas, points)
+        return rollout(teacher, conditions, noise, sigmas, points, **guidance)
 
 
 def relative(value, expected):
@@ -67,6 +67,17 @@ def test_skipping_calls_the_model_less_often(setting, monkeypatch):
     monkeypatch.setattr(denoiser, "velocity", lambda *a, **k: calls.append(a[1]) or velocity(*a, **k))
     roll(FastTeacher(denoiser, nowhere, switch=switch, stride=2), setting)
     assert len(calls) == 5  # points 0, 1, 3, 5, 7
+
+
+def test_guidance_skips_the_blank_prompt_where_it_skips_the_prompt(setting, make_conditions, monkeypatch):
+    denoiser, switch, *_, sigmas = setting
+    guidance = {"guidance_scale": 3.0, "unconditional": make_conditions((5,), seed=9)}
+    plain = roll(denoiser, setting, **guidance)
+    calls, velocity = [], denoiser.velocity
+    monkeypatch.setattr(denoiser, "velocity", lambda *a, **k: calls.append(a[1]) or velocity(*a, **k))
+    fast = roll(FastTeacher(denoiser, nowhere, switch=Fp8Switch(), stride=2), setting, **guidance)
+    assert calls == [sigmas[i].item() for i in (0, 0, 1, 1, 3, 3, 5, 5, 7)]
+    assert 0 < relative(fast.latents[-1], plain.latents[-1]) < 0.05
 
 
 def test_extrapolation_is_exact_for_a_velocity_that_is_linear_in_sigma(setting):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -61,8 +61,8 @@ class FastTeacher:
         self._switch, self._stride = switch, stride
         self._rollouts, self._last = 0, -math.inf
         self._exact: Collection[float] = ()
-        self._computed: list[tuple[float, Tensor]] = []
-        self._skipped = 0
+        self._computed: dict[bool, list[tuple[float, Tensor]]] = {}
+        self._skips, self._skipped = False, 0
 
     def teacher(self) -> AbstractContextManager[None]:
         """As `Denoiser.teacher`."""
@@ -75,21 +75,21 @@ class FastTeacher:
         if sigma > self._last:
             self._exact = self._exact_sigmas(self._rollouts)
             self._rollouts += 1
-            self._computed, self._skipped = [], 0
+            self._computed, self._skipped = {False: [], True: []}, 0
+        # The second call at a noise level is guidance's, for the blank prompt: it is skipped where the first one was.
         repeated, self._last = sigma == self._last, sigma
-        if sigma in self._exact:
+        computed = self._computed[repeated]
+        if not repeated:
+            self._skips = sigma not in self._exact and len(computed) == 2 and self._skipped < self._stride - 1
+            self._skipped = self._skipped + 1 if self._skips else 0
+        if self._skips:
+            return self._extrapolated(computed, sigma)
+        with nullcontext() if sigma in self._exact else self._switch.turned_on():
             velocity = self._denoiser.velocity(latents, sigma, conditions, next_sigma=next_sigma)
-        elif len(self._computed) == 2 and self._skipped < self._stride - 1 and not repeated:
-            self._skipped += 1
-            return self._extrapolated(sigma)
-        else:
-            with self._switch.turned_on():
-                velocity = self._denoiser.velocity(latents, sigma, conditions, next_sigma=next_sigma)
-        if not repeated:  # the second call at a noise level is guidance's, for the blank prompt
-            self._computed = [*self._computed[-1:], (sigma, velocity)]
-            self._skipped = 0
+        self._computed[repeated] = [*computed[-1:], (sigma, velocity)]
         return velocity
 
-    def _extrapolated(self, sigma: float) -> Tensor:
-        (before, earlier), (last, latest) = self._computed
+    @staticmethod
+    def _extrapolated(computed: Sequence[tuple[float, Tensor]], sigma: float) -> Tensor:
+        (before, earlier), (last, latest) = computed
         return latest + (sigma - last) / (last - before) * (latest - earlier)

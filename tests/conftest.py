@@ -117,7 +117,7 @@ def make_train_flags(small_models, small_data):
         *("--train_target_resolution", "32x32", "--train_video_length", "9", "--num_inference_steps", "6"),
         *("--lora_r", "4", "--lora_alpha", "4", "--dtype", "fp32", "--num_workers", "0"),
         *("--condition_lookahead", "2", "--max_train_steps", "4", "--warmup_steps", "0", "--learning_rate", "1e-2"),
-        *("--log_every_steps", "1", "--logger", "none", "--device", "cpu"),
+        *("--log_every_steps", "1", "--logger", "none", "--device", "cpu", "--rollout_guidance_scale", "1"),
     ]
 
 

@@ -9,6 +9,7 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.lora import add_lora
 from vflora.rollout import (
     deep_index,
+    harvest,
     harvest_indices,
     is_on_policy,
     on_policy_point,
@@ -137,6 +138,21 @@ def test_harvested_points_are_distinct_and_noisier_than_the_deepest(scheme):
         assert len(set(indices)) == 4
         assert indices == sorted(indices)
         assert max(indices) < deep
+
+
+def test_points_below_are_distinct_and_less_noisy_than_the_deep_one_as_long_as_there_are_any():
+    config = RolloutConfig(harvest_below=3, id_timestep_frac_high=0.95)
+    met = set()
+    for step in range(200):
+        drawn = harvest(config, SIGMAS, 42, step)
+        left = config.num_inference_steps - 1 - drawn.deep
+        assert len(set(drawn.below)) == min(3, left)
+        assert drawn.indices == sorted(drawn.indices)
+        assert drawn.below == sorted(index for index in drawn.below if index > drawn.deep)
+        assert points_for_block(config, SIGMAS, 42, step) == drawn.indices[-1] + 1
+        met |= set(drawn.below)
+    assert max(met) == config.num_inference_steps - 1
+    assert harvest(RolloutConfig(), SIGMAS, 42, 0).below == []
 
 
 def test_bracketed_points_lie_near_a_half_and_a_quarter():

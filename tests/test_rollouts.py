@@ -78,7 +78,7 @@ def refuse(*_args, **_kwargs):
     [
         [],
         ["--batch_size", "2", "--enable_augmentation", "--p_secondary", "0.5", "--num_workers", "2"],
-        ["--rollout_guidance_scale", "2", "--rollout_stride", "2", "--max_train_steps", "2"],
+        ["--rollout_guidance_scale", "2", "--harvest_below", "1", "--max_train_steps", "2"],
     ],
 )
 def test_training_from_disk_equals_the_run_that_rolled_out_itself_without_teacher_or_encoders(
@@ -250,7 +250,7 @@ def test_running_past_the_end_is_refused_with_the_command_that_extends_it(flags,
         (["--seed", "1"], "--seed was 42 and is 1"),
         (["--harvest_count", "2"], "--harvest_count was 1 and is 2"),
         (["--id_timestep_frac_low", "0.5"], "--id_timestep_frac_low was 0.6 and is 0.5"),
-        (["--rollout_guidance_scale", "2"], "--rollout_guidance_scale was 1.0 and is 2.0"),
+        (["--rollout_guidance_scale", "2", "--rollout_stride", "1"], "--rollout_guidance_scale was 1.0 and is 2.0"),
         (["--train_video_length", "9"], "--train_video_length was 5 and is 9"),
         (["--batch_size", "2"], "processes x --batch_size was 1 and is 2"),
         (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps was 1 and is 2"),

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from vflora.cli import main, parse
@@ -165,6 +166,14 @@ def test_teacher_check_passes_while_the_student_learns(train_flags):
 def test_guidance_changes_the_states_but_the_student_still_starts_as_the_teacher(train_flags, tmp_path):
     run(parse("train", [*train_flags, "--rollout_guidance_scale", "3", "--max_train_steps", "1"]))
     assert metrics(tmp_path / "run")[0]["loss/distill"] == 0.0
+
+
+def test_by_default_a_run_is_guided_as_the_pipeline_samples_and_says_so_in_its_settings(train_flags, tmp_path):
+    run(parse("train", [*train_flags, "--rollout_guidance_scale", "null", "--max_train_steps", "1"]))
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["rollout_guidance_scale"], saved["rollout_stride"]) == (6.0, 2)
+    again = parse("train", ["--config", str(tmp_path / "run" / "config.yaml")])
+    assert again.rollout.guidance_scale == 6.0
 
 
 def test_a_new_run_never_touches_the_one_that_is_there(train_flags, tmp_path, capsys):
@@ -391,8 +400,11 @@ def test_a_model_that_is_missing_is_told_before_any_is_loaded(
     assert "loading" not in caplog.text
 
 
-@pytest.mark.parametrize("part", ["transformer", "image_encoder", "scheduler", "tokenizer", "feature_extractor"])
+@pytest.mark.parametrize(
+    "part", ["transformer", "image_encoder", "scheduler", "tokenizer", "feature_extractor", "guider"]
+)
 def test_a_configuration_that_is_gone_or_cut_short_is_told(train_flags, small_models, tmp_path, capsys, part):
+    train_flags = [*train_flags, "--rollout_guidance_scale", "null"]
     pipeline = tmp_path / "pipeline"
     shutil.copytree(small_models / "pipeline", pipeline)
     config = next((pipeline / part).glob("*config.json"))

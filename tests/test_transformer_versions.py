@@ -11,6 +11,7 @@ from vflora.doctor import DoctorConfig, examine
 from vflora.download import DownloadConfig, all_parts
 from vflora.generate_config import GenerateConfig
 from vflora.inference import load_for_sampling
+from vflora.models.loading import load_guidance_scale
 from vflora.models.random_original import write_small_original
 from vflora.sampling import default_steps
 from vflora.train import run as train
@@ -51,7 +52,7 @@ def test_each_is_loaded_with_its_own_weights_schedule_guidance_and_size(publishe
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
     shift, guidance, steps, size = VERSIONS[version]
     assert pipeline.scheduler.config.shift == shift
-    assert pipeline.guider.guidance_scale == guidance
+    assert pipeline.guider.guidance_scale == load_guidance_scale(str(folder), version) == guidance
     assert default_steps(pipeline) == steps
     assert pipeline.target_size == size
 

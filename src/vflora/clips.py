@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import AutoencoderKLHunyuanVideo15
 from torch import Tensor
@@ -11,13 +12,15 @@ from torch import Tensor
 from vflora.data.schema import DataSet
 from vflora.flow import sampling_sigmas
 from vflora.models.conditions import ConditionEncoder
-from vflora.models.loading import load_patch_size, load_shift, load_vae
+from vflora.models.loading import load_guidance_scale, load_patch_size, load_shift, load_vae
 from vflora.resolution import clip_size, latent_shape
 from vflora.rollout import deep_indices
 from vflora.settings import TrainSettings
 from vflora.trajectories.folder import condition_folder
 
 logger = logging.getLogger(__name__)
+
+Settings = TypeVar("Settings", bound=TrainSettings)
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,31 @@ class Clips:
         return latent_shape(self.vae, frames, self.size)
 
 
+def as_sampled(settings: Settings) -> Settings:
+    """Returns settings whose rollouts are guided as the pipeline samples, unless a flag says otherwise.
+
+    Guidance asks the teacher twice at a point; unless a flag says otherwise, it is asked at every second point then.
+
+    Raises:
+        UserError: if the pipeline does not tell.
+    """
+    scale = settings.rollout.rollout_guidance_scale
+    if scale is None:
+        scale = load_guidance_scale(settings.model.pipeline_dir, settings.model.transformer_version)
+        scale = max(1.0, scale)  # less than none would lead away from the prompt
+    stride = settings.speed.rollout_stride or (1 if scale == 1 else 2)
+    return replace(
+        settings,
+        rollout=replace(settings.rollout, rollout_guidance_scale=float(scale)),
+        speed=replace(settings.speed, rollout_stride=stride),
+    )
+
+
 def noise_levels(settings: TrainSettings) -> Tensor:
     """Returns the schedule [S + 1] of the pipeline, from 1 to 0.
 
     Raises:
-        UserError: if the pipeline is not there, or none of its noise levels may be that of the deepest point.
+        UserError: if the pipeline is not there, or none of its noise levels may be that of the deep point.
     """
     shift = load_shift(settings.model.pipeline_dir, settings.model.transformer_version)
     sigmas = sampling_sigmas(settings.rollout.num_inference_steps, shift)

@@ -90,23 +90,26 @@ class RolloutConfig:
     num_inference_steps: int = 25
     """Steps of the rollout's schedule."""
     harvest_count: int = 2
-    """Distilled points per step, besides the deepest one."""
+    """Distilled points per step above the deep one, where identity is judged."""
+    harvest_below: int = 0
+    """Distilled points per step below the deep one, where nothing else holds the student; rollouts go on to them."""
     harvest_scheme: Literal["bracket", "random"] = "bracket"
-    """bracket: near 50 % and 25 % of the schedule; random: anywhere above the deepest point."""
+    """bracket: near 50 % and 25 % of the schedule; random: anywhere above the deep point."""
     harvest_jitter_frac: float = 0.05
     """Jitter of bracketed points, as a fraction of the schedule."""
     id_timestep_frac_low: float = 0.6
-    """Earliest place of the deepest point, where identity is judged, as a fraction of the schedule."""
+    """Earliest place of the deep point, where identity is judged, as a fraction of the schedule."""
     id_timestep_frac_high: float = 0.85
-    """Latest place of the deepest point."""
+    """Latest place of the deep point."""
     id_sigma_low: float | None = None
-    """Choose the deepest point by its noise level instead of its place: the lowest level allowed."""
+    """Choose the deep point by its noise level instead of its place: the lowest level allowed."""
     id_sigma_high: float | None = None
-    """The highest noise level of the deepest point."""
+    """The highest noise level of the deep point."""
     id_on_policy: float = 0.0
-    """Share of steps whose deepest point the student reaches by itself, from the last harvested point on."""
-    rollout_guidance_scale: float = 1.0
-    """Classifier-free guidance along the rollout; 1 is none. The target stays the conditional prediction."""
+    """Share of steps whose deep point the student reaches by itself, from the last harvested point on."""
+    rollout_guidance_scale: float | None = None
+    """Classifier-free guidance along the rollout; 1 is none. By default the pipeline's own, 1 for distilled ones: what
+    is harvested then lies where people will sample. The target stays the conditional prediction."""
     trajectory_reuse: int = 1
     """Optimizer steps that one rollout serves, with a fresh harvest each; the teacher is frozen, so it stays true."""
 
@@ -114,6 +117,7 @@ class RolloutConfig:
         require_frames("train_video_length", self.train_video_length)
         require(self.num_inference_steps >= 2, "--num_inference_steps must be at least 2.")
         require(self.harvest_count >= 0, "--harvest_count must not be negative.")
+        require(self.harvest_below >= 0, "--harvest_below must not be negative.")
         require(
             0 <= self.id_timestep_frac_low <= self.id_timestep_frac_high < 1,
             "--id_timestep_frac_low must not exceed --id_timestep_frac_high, and both lie in [0, 1).",
@@ -132,8 +136,22 @@ class RolloutConfig:
             "--id_on_policy starts from a harvested point: use --harvest_count 1 or more.",
         )
         require(0 <= self.harvest_jitter_frac <= 0.5, "--harvest_jitter_frac must lie in [0, 0.5].")
-        require(self.rollout_guidance_scale >= 1, "--rollout_guidance_scale must be at least 1 (1 is no guidance).")
+        require(
+            self.rollout_guidance_scale is None or self.rollout_guidance_scale >= 1,
+            "--rollout_guidance_scale must be at least 1 (1 is no guidance).",
+        )
         require(self.trajectory_reuse >= 1, "--trajectory_reuse must be at least 1.")
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of rollouts, once `vflora.clips.as_sampled` has settled it.
+
+        Raises:
+            ValueError: before.
+        """
+        if self.rollout_guidance_scale is None:
+            raise ValueError("how rollouts are guided is not settled: ask vflora.clips.as_sampled")
+        return self.rollout_guidance_scale
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,8 @@ def run(config: DemoConfig) -> Path:
     flags += ["--dino_model_dir", f"{world}/dino", "--dino_head_path", head, "--prompt_bank", bank]
     flags += ["--output_dir", str(here / "lora"), "--train_target_resolution", "64x64", "--dtype", "fp32"]
     flags += ["--num_inference_steps", "12", "--max_train_steps", str(config.train_steps), "--warmup_steps", "5"]
-    # So few steps need a rate that a long training would not survive. Clips are rolled out as they will be sampled,
-    # with guidance, and at every second point, which makes up for the time.
+    # So few steps need a rate that a long training would not survive.
     flags += ["--learning_rate", "2.5e-3", "--lambda_id", "2.0", "--p_secondary", "0.5", "--num_workers", "0"]
-    flags += ["--rollout_guidance_scale", "3", "--rollout_stride", "2"]
     # Exact, and half of the decoder's time; memory is no matter at 64 x 64.
     flags += ["--id_decode_recompute", "false"]
     flags += ["--seed", str(config.seed)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from vflora.clips import Clips
+from vflora.clips import Clips, as_sampled
 from vflora.config import AheadConfig
 from vflora.data.pipeline import Place, TrainLoader
 from vflora.data.schema import DataSet
@@ -56,6 +56,7 @@ def run(settings: EncodeSettings) -> Path:
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
     # Of the transformer only the configuration is read; but what it lacks would stop the training, too.
     require_pipeline(settings.model.pipeline_dir, "vae", "transformer", *ENCODERS)
+    settings = as_sampled(settings)
     require_writable(folder, "--condition_cache")
     make_prompt = prompt_maker(settings.prompts)
     besides = list(asked_besides(settings, dataset, make_prompt)) if rank == 0 else []

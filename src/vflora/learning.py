@@ -13,7 +13,7 @@ from vflora.losses import identity_weight
 from vflora.models.denoiser import Denoiser
 from vflora.models.roles import Student
 from vflora.recipe import StepInputs, training_step
-from vflora.rollout import deep_index, harvest_indices, is_on_policy, on_policy_point
+from vflora.rollout import harvest, is_on_policy, on_policy_point
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock
 from vflora.teacher_source import Lesson
@@ -51,9 +51,11 @@ def learn(
         NonFiniteError: naming the part of the loss that is not finite on some process, and the step.
     """
     settings, config = training.settings, training.settings.identity
+    above, deep, below = _points(training, lesson, step, clock)
     inputs = StepInputs(
         conditions=lesson.conditions,
-        points=_points(training, lesson, step, clock),
+        points=[*above, deep, *below],
+        deep=len(above),
         anchors=lesson.batch.anchors,
         distill_weight=config.lambda_distill,
         identity_weight=identity_weight(
@@ -83,12 +85,14 @@ def learn(
         raise NonFiniteError(error.part, step + 1) from None
 
 
-def _points(training: Learner, lesson: Lesson, step: int, clock: StepClock) -> list[Point]:
-    config, seed, sigmas = training.settings.rollout, training.settings.run.seed, lesson.trajectory.sigmas
-    deep = deep_index(config, sigmas, seed, step)
-    points = [lesson.trajectory.point(index) for index in harvest_indices(config, deep, seed, step)]
+def _points(training: Learner, lesson: Lesson, step: int, clock: StepClock) -> tuple[list[Point], Point, list[Point]]:
+    """Returns the points above t_deep, the one there, and those below."""
+    config, seed, trajectory = training.settings.rollout, training.settings.run.seed, lesson.trajectory
+    chosen = harvest(config, trajectory.sigmas, seed, step)
+    above, below = ([trajectory.point(index) for index in part] for part in (chosen.above, chosen.below))
     if is_on_policy(config, seed, step):
         with clock.part("on_policy"):
-            reached = on_policy_point(training.denoiser, lesson.conditions, sigmas, points[-1], deep)
-        return [*points, reached]
-    return [*points, lesson.trajectory.point(deep)]
+            deep = on_policy_point(training.denoiser, lesson.conditions, trajectory.sigmas, above[-1], chosen.deep)
+    else:
+        deep = trajectory.point(chosen.deep)
+    return above, deep, below

@@ -1,7 +1,7 @@
 """One training step: the method on a page.
 
 A frozen teacher rolls out from noise. The student, the same weights with a LoRA, learns to agree with it at a few
-harvested points: motion, camera and background survive. At the deepest of them, where little noise is left, the
+harvested points: motion, camera and background survive. At a deep one of them, where little noise is left, the
 student's clean estimate is decoded and its frames are compared with a picture of the character: the character stays
 itself.
 
@@ -32,7 +32,8 @@ class StepInputs:
 
     Attributes:
         conditions: of B samples.
-        points: harvested points of their teacher trajectory; the last one is the deepest.
+        points: harvested points of their teacher trajectory.
+        deep: place among them of the deep one, where identity is judged.
         anchors: pictures of the characters, uint8 [B, 3, H, W].
         distill_weight: of the distillation loss, 1 in the recipe.
         identity_weight: lambda; 0 skips the identity loss.
@@ -41,6 +42,7 @@ class StepInputs:
 
     conditions: Conditions
     points: Sequence[Point]
+    deep: int
     anchors: Tensor
     identity_weight: float
     key: tuple[int | str, ...]
@@ -60,7 +62,7 @@ def training_step(
     """Adds the gradient of `scale` times the loss to the LoRA's gradients.
 
     The identity gradient comes in two stages. First the loss is carried back to the detached estimate; then it joins
-    the distillation loss of the deepest point as one linear term, and both go through the student together. That is
+    the distillation loss of the deep point as one linear term, and both go through the student together. That is
     the same gradient as in one piece, without the decoder's and the student's graphs ever coexisting. `keep_graph`
     lets them coexist instead: more memory, and one forward pass of the student fewer.
 
@@ -69,27 +71,27 @@ def training_step(
     Raises:
         NonFiniteError: if a part of the loss is not finite.
     """
-    deepest = inputs.points[-1]
+    deep = inputs.points[inputs.deep]
     judged = kept = None
     if inputs.identity_weight > 0:
         with clock.part("identity"):
             with torch.set_grad_enabled(keep_graph):
-                velocity = _velocity(student, deepest, inputs.conditions)
+                velocity = _velocity(student, deep, inputs.conditions)
             kept = velocity if keep_graph else None
-            estimate = clean_estimate(deepest.latents, deepest.sigma, velocity.detach())
+            estimate = clean_estimate(deep.latents, deep.sigma, velocity.detach())
             judged = identity.gradient(estimate, inputs.anchors, *inputs.key, clock=clock)
         _require_finite(is_finite, judged.loss, "the identity loss")
 
     errors: dict[float, float] = {}
     # A graph that is kept goes first, so that there is never a second one beside it.
-    for point in inputs.points if kept is None else [deepest, *inputs.points[:-1]]:
+    for point in inputs.points if kept is None else [deep, *(p for p in inputs.points if p is not deep)]:
         with clock.part("distillation"):
             velocity, kept = kept, None
             if velocity is None:
                 velocity = _velocity(student, point, inputs.conditions)
             error = distillation_loss(velocity, point.teacher_velocity)
             loss = inputs.distill_weight * error / len(inputs.points)
-            if judged is not None and point is deepest:
+            if judged is not None and point is deep:
                 estimate = clean_estimate(point.latents, point.sigma, velocity)
                 loss = loss + inputs.identity_weight * (judged.gradient * estimate).sum()
             (scale * loss).backward()

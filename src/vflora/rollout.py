@@ -1,8 +1,9 @@
-"""Conditions -> Trajectory: the teacher's way from noise to the deepest point, and what is harvested from it."""
+"""Conditions -> Trajectory: the teacher's way from noise to the last point, and what is harvested from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,10 +98,40 @@ def deep_indices(config: RolloutConfig, sigmas: Tensor) -> Sequence[int]:
     return allowed
 
 
+@dataclass(frozen=True)
+class Harvest:
+    """Which points of a rollout a step learns from.
+
+    Attributes:
+        above: indices before t_deep, rising.
+        deep: t_deep, where identity is judged.
+        below: indices after it, rising.
+    """
+
+    above: list[int]
+    deep: int
+    below: list[int]
+
+    @property
+    def indices(self) -> list[int]:
+        """All of them, in the order of the rollout."""
+        return [*self.above, self.deep, *self.below]
+
+
+def harvest(config: RolloutConfig, sigmas: Tensor, seed: int, step: int) -> Harvest:
+    """Draws what an optimizer step learns from; one draw for the whole global batch.
+
+    Raises:
+        UserError: as `deep_index`.
+    """
+    deep = deep_index(config, sigmas, seed, step)
+    return Harvest(harvest_indices(config, deep, seed, step), deep, _below(config, deep, seed, step))
+
+
 def points_for_block(config: RolloutConfig, sigmas: Tensor, seed: int, step: int) -> int:
     """Returns how many points the rollout that serves `step` must visit, for all the steps that share it."""
     first = step - step % config.trajectory_reuse
-    return 1 + max(deep_index(config, sigmas, seed, s) for s in range(first, first + config.trajectory_reuse))
+    return 1 + max(harvest(config, sigmas, seed, s).indices[-1] for s in range(first, first + config.trajectory_reuse))
 
 
 def is_on_policy(config: RolloutConfig, seed: int, step: int) -> bool:
@@ -150,6 +181,13 @@ def harvest_indices(config: RolloutConfig, deep: int, seed: int, step: int) -> l
         free = [i for i in range(deep) if i not in chosen]
         chosen.append(min(free, key=lambda i: abs(i - wanted)))
     return sorted(chosen)
+
+
+def _below(config: RolloutConfig, deep: int, seed: int, step: int) -> list[int]:
+    """Draws the points to distil between t_deep and the end of the schedule, evenly; fewer where there are fewer."""
+    left = config.num_inference_steps - 1 - deep
+    chosen = torch.randperm(left, generator=keyed_generator(seed, "harvest below", step))[: config.harvest_below]
+    return sorted(deep + 1 + index for index in chosen.tolist())
 
 
 def _halving(order: int) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vflora.atomic import require_space, write_or_refuse
-from vflora.clips import noise_levels
+from vflora.clips import as_sampled, noise_levels
 from vflora.config import TORCH_DTYPES, AheadConfig, Precision, require
 from vflora.data.schema import DataSet
 from vflora.distributed.processes import claim_device
@@ -70,6 +70,7 @@ def run(settings: RolloutsSettings) -> Path:
     claim_device(settings.model.torch_device(), size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
     noise_levels(settings)  # a range that no level meets must not begin a folder
+    settings = as_sampled(settings)
     require_writable(folder, "--trajectory_dir")
     with held(folder, "--trajectory_dir", rank=rank, size=size):
         _fill(settings, dataset, folder, rank, size)

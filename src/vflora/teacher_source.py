@@ -198,7 +198,7 @@ class Rollouts:
 
     def trajectory(self, prepared: Prepared, step: int) -> Trajectory:
         """Rolls out as far as any of the steps that share the rollout of `step` will look."""
-        batch, scale = prepared.batch, self.config.rollout_guidance_scale
+        batch, scale = prepared.batch, self.config.guidance_scale
         noise = torch.stack(
             [keyed_noise(self.latent_shape, self.seed, "noise", prepared.number, slot) for slot in batch.slots]
         ).to(self.device)

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from vflora.checkpoint import find_checkpoint, read_state, read_tensors, verify_checkpoint
-from vflora.clips import Clips
+from vflora.clips import Clips, as_sampled
 from vflora.data.pipeline import TrainLoader
 from vflora.data.schema import DataSet
 from vflora.distributed.divisible import require_divisible
@@ -82,6 +82,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
     device, dtype = model.torch_device(), model.torch_dtype()
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
     sources = world.from_main(lambda: _sources(settings))
+    settings = as_sampled(settings)
     checkpoint = world.from_main(lambda: _checkpoint(settings, dataset.fingerprint, sources, world))
     start_step = start_batch = 0
     if checkpoint is not None:
@@ -162,7 +163,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             make_prompt=make_prompt,
             sigmas=clips.sigmas,
             latent_shape=clips.latent_shape(settings.validation.val_video_length),
-            guidance_scale=settings.rollout.rollout_guidance_scale,
+            guidance_scale=settings.rollout.guidance_scale,
             seed=run.seed,
             device=device,
         )
@@ -257,7 +258,7 @@ def asked_besides(
     That is for guidance, `--teacher_check` and validation.
 
     Args:
-        settings: of the run.
+        settings: of the run, as `as_sampled` returns them.
         dataset: that it trains on.
         make_prompt: turns a name into a prompt with a generator.
 
@@ -265,7 +266,7 @@ def asked_besides(
         UserError: while iterating, if it cannot validate.
     """
     prompts, picture = blank_sample(dataset)
-    if settings.run.teacher_check or settings.rollout.rollout_guidance_scale != 1:
+    if settings.run.teacher_check or settings.rollout.guidance_scale != 1:
         yield prompts, picture if settings.run.teacher_check else picture[:0]
     if settings.validation.enable_validation:
         batches = held_out_batches(settings)

@@ -116,7 +116,7 @@ def _join_padded(texts: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A teacher rollout, every point of it, from pure noise down to the deepest point asked for.
+    """A teacher rollout, every point of it, from pure noise down to the last point asked for.
 
     Attributes:
         sigmas: the whole schedule [S + 1], from 1 to 0, fp32.

@@ -91,7 +91,7 @@ class Outcome:
 
     Attributes:
         velocity: the teacher's, at a fixed input, in the precision of rollouts.
-        state: x_t at the deepest point of the rollout.
+        state: x_t at the last point of the rollout.
         gradient: of the LoRA, all of it in one vector.
     """
 

@@ -243,6 +243,7 @@ def _settings(config: BenchConfig, speed: SpeedConfig) -> TrainSettings:
         rollout=RolloutConfig(
             train_target_resolution=config.resolution,
             train_video_length=config.frames,
+            rollout_guidance_scale=1.0,
             trajectory_reuse=config.trajectory_reuse,
             id_timestep_frac_low=_DEEP,
             id_timestep_frac_high=_DEEP,

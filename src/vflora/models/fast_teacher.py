@@ -11,7 +11,7 @@ from torch import Tensor
 from vflora.config import RolloutConfig
 from vflora.models.precision import Fp8Switch
 from vflora.models.roles import Teacher
-from vflora.rollout import deep_index, harvest_indices
+from vflora.rollout import harvest
 from vflora.types import Conditions
 
 
@@ -27,8 +27,7 @@ def harvested_sigmas(config: RolloutConfig, seed: int, block: int, sigmas: Tenso
     first = block * config.trajectory_reuse
     wanted: set[int] = set()
     for step in range(first, first + config.trajectory_reuse):
-        deep = deep_index(config, sigmas, seed, step)
-        wanted |= {deep, *harvest_indices(config, deep, seed, step)}
+        wanted |= set(harvest(config, sigmas, seed, step).indices)
     return frozenset(sigmas[index].item() for index in wanted)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -14,6 +14,7 @@ from diffusers import (
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
@@ -31,6 +32,7 @@ _CONFIGS = {
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
     "feature_extractor": "preprocessor_config.json",
+    "guider": "guider_config.json",
 }
 _HUB_NAME = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"
 
@@ -205,6 +207,25 @@ def load_pipeline(
     pipeline.target_size = transformer.config.target_size
     pipeline.vision_states_dim = transformer.config.image_embed_dim
     return pipeline.to(device)
+
+
+def load_guidance_scale(pipeline_dir: str, transformer_version: str = "480p_i2v") -> float:
+    """Returns the classifier-free guidance that the pipeline samples with; 1 is none.
+
+    The original layout has it in the version's name.
+
+    Raises:
+        UserError: if the folder is missing or no pipeline, or names no guidance.
+    """
+    check_pipeline_dir(pipeline_dir)
+    if is_original_layout(pipeline_dir):
+        return Version(transformer_version).guidance_scale
+    require_complete(pipeline_dir, "guider")
+    guider = cast(dict[str, Any], ClassifierFreeGuidance.load_config(pipeline_dir, subfolder="guider"))
+    scale = guider.get("guidance_scale") if guider.get("enabled", True) else 1.0
+    if not isinstance(scale, int | float):
+        raise UserError(f"The guider of {pipeline_dir} names no guidance_scale: give --rollout_guidance_scale.")
+    return float(scale)
 
 
 def load_shift(pipeline_dir: str, transformer_version: str = "480p_i2v") -> float:

@@ -1,7 +1,7 @@
 """Time and memory of a training step: every switch in one place, and what it does to the frozen transformer.
 
-The defaults change no result beyond the order of floating-point sums. Whatever approximates says so in its help
-text, and `vflora bench accuracy` prints how far it is from the exact step.
+The defaults change no result beyond the order of floating-point sums, but for the points that a guided rollout skips.
+Whatever approximates says so in its help text, and `vflora bench accuracy` prints how far it is from the exact step.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class SpeedConfig:
     LoRA dropout."""
     rollout_precision: Literal["full", "fp8"] = "full"
     """fp8: the widest layers multiply in float8 between harvested points; approximates states, not targets."""
-    rollout_stride: int = 1
-    """Compute only every so many points between harvested ones and extrapolate the rest; above 1 approximates."""
+    rollout_stride: int | None = None
+    """Compute only every so many points between harvested ones and extrapolate the rest; above 1 approximates. By
+    default 2 with guidance, which asks the teacher twice at a point, and 1 without."""
     lora_precision: Literal["full", "bf16"] = "full"
     """bf16: the student's LoRA multiplies in the precision of the frozen layers; approximates by rounding."""
     weight_storage: Literal["full", "int8", "fp8"] = "full"
@@ -91,7 +92,7 @@ class SpeedConfig:
             f"--mode {self.mode} with every flag at its plain value is --mode exact: say so (in Python, "
             f'SpeedConfig.preset("{self.mode}") has what the mode stands for).',
         )
-        require(self.rollout_stride >= 1, "--rollout_stride must be at least 1.")
+        require(self.rollout_stride is None or self.rollout_stride >= 1, "--rollout_stride must be at least 1.")
         require(
             self.id_decode_tile is None or self.id_decode_tile >= 32,
             "--id_decode_tile must be at least 32 pixels.",
@@ -140,9 +141,10 @@ class Acceleration:
     def teacher(self, denoiser: Denoiser, exact_sigmas: Callable[[int], Collection[float]]) -> Teacher:
         """Returns who leads the rollouts; `exact_sigmas` says what will be harvested from each, by its number."""
         leader = GraphedTeacher(denoiser, self.switch) if self.config.rollout_graphs else denoiser
-        if self.config.rollout_precision == "full" and self.config.rollout_stride == 1:
+        stride = self.config.rollout_stride or 1
+        if self.config.rollout_precision == "full" and stride == 1:
             return leader
-        return FastTeacher(leader, exact_sigmas, switch=self.switch, stride=self.config.rollout_stride)
+        return FastTeacher(leader, exact_sigmas, switch=self.switch, stride=stride)
 
     def student(self, denoiser: Denoiser) -> Student:
         """Returns who learns."""

@@ -45,8 +45,8 @@ def test_arms_are_trained_graded_and_put_side_by_side(tmp_path, monkeypatch):
     assert sum(by_sigma) / 8 == pytest.approx(result["numbers"]["base_domain_loss"], rel=1e-5)
     # Encoded once, before either arm began.
     encoded = written.parent / "shared"
-    assert "all 2 prompts and 2 pictures" in (encoded / "encoding-0.log").read_text()
-    assert len(list((encoded / "conditions").rglob("*.safetensors"))) == 4
+    assert "all 3 prompts and 2 pictures" in (encoded / "encoding-0.log").read_text()
+    assert len(list((encoded / "conditions").rglob("*.safetensors"))) == 5
 
     # What is finished is not done again; other settings do not mix with it.
     before = (written.parent / "arms" / "recipe-0" / "result.json").stat().st_mtime_ns

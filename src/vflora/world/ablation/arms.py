@@ -41,18 +41,19 @@ ARMS: dict[str, Arm] = {
     "shuffled": Arm("recipe, references shuffled", flags=("--p_secondary", "1"), mixed=True),
     "identity_placed": Arm("identity only, place-bound", flags=("--lambda_distill", "0"), place_bound=True),
     "recipe_placed": Arm("the recipe, place-bound", place_bound=True),
+    "plain": Arm("without guidance", flags=("--rollout_guidance_scale", "1")),
+    "dense": Arm("every point of the rollout", flags=("--rollout_stride", "1")),
     "reuse": Arm("+ trajectory reuse 4", flags=("--trajectory_reuse", "4")),
-    "guided": Arm("+ guidance 3 in rollouts", flags=("--rollout_guidance_scale", "3")),
-    "guided_stride": Arm(
-        "+ guidance 3, stride 2 in rollouts", flags=("--rollout_guidance_scale", "3", "--rollout_stride", "2")
-    ),
+    "below": Arm("+ a distilled point below t_deep", flags=("--harvest_below", "1")),
+    "below_traded": Arm("one distilled point above, one below", flags=("--harvest_count", "1", "--harvest_below", "1")),
     "hinge": Arm("+ hinge 0.1", flags=("--id_margin", "0.1")),
     "sigma": Arm("+ t_deep at sigma 0.15 to 0.45", flags=("--id_sigma_low", "0.15", "--id_sigma_high", "0.45")),
     "on_policy": Arm("+ on-policy identity points", flags=("--id_on_policy", "0.5")),
     "secondary": Arm("+ another picture as anchor", flags=("--p_secondary", "0.5")),
 }
 """In the order of the table. `base` is what the others are compared with, `oracle` what they could at best become.
-Guidance asks the teacher twice; at every second point of the rollout only, that costs no more than the recipe."""
+Guidance asks the teacher twice, and the recipe at every second point of a rollout only: about as many passes as
+`plain`."""
 
 
 def arm_named(name: str) -> Arm:

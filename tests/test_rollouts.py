@@ -140,6 +140,18 @@ def test_samples_are_what_the_steps_look_at_and_no_more(shared):
         assert 2 * 2 * VALUES * 4 <= len(content) < 2 * 2 * VALUES * 4 + 300
 
 
+def test_room_is_asked_for_the_points_below_too(flags, folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vflora.rollouts.require_space", lambda folder, needed, advice: asked.append(needed))
+    flags = [*flags, "--max_train_steps", "1"]
+    roll_out(storing(flags, tmp_path / "without"))
+    roll_out(storing([*flags, "--harvest_below", "1"], folder))
+    (without,), (more,) = (samples(place).values() for place in (tmp_path / "without", folder))
+    latents_and_velocity = 2 * VALUES * 4
+    assert len(load(more[1])["latents"]) == len(load(without[1])["latents"]) + 1
+    assert asked[1] - asked[0] == latents_and_velocity
+
+
 def test_bf16_takes_half_the_bytes_and_only_rounds(shared, flags, folder, tmp_path, losses):
     roll_out(storing(flags, folder, "--trajectory_dtype", "bf16", "--max_train_steps", "1"))
     ((_, rounded),) = samples(folder).values()

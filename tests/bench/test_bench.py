@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from vflora.bench import accuracy, ratio, step
 from vflora.bench.accuracy import AccuracyConfig, BenchAccuracySettings
@@ -51,7 +52,9 @@ def test_every_approximation_is_close_and_the_exact_ones_are_exact(tmp_path):
 
 
 def test_the_step_of_a_training_is_measured_on_its_own_models_and_leaves_its_folder_alone(tmp_path, trained_run):
-    recorded = next(trained_run.glob("checkpoint-*/config.yaml"))
+    settings = yaml.safe_load(next(trained_run.glob("checkpoint-*/config.yaml")).read_text())
+    recorded = tmp_path / "guided.yaml"
+    recorded.write_text(yaml.safe_dump(settings | {"rollout_guidance_scale": 3.0, "rollout_stride": 2}))
     before = sorted(trained_run.rglob("*"))
     output = tmp_path / "accuracy.json"
     accuracy.run(BenchAccuracySettings(AccuracyConfig(recorded), BenchConfig(**SMALL, output=output)))

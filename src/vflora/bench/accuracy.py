@@ -68,20 +68,25 @@ class Variant:
     needs_cuda: bool = False
 
 
-EXACT = Variant("exact", SpeedConfig(), {})
+def _every_point(**switches: Any) -> SpeedConfig:
+    """Returns switches for rollouts that skip nothing unless they say so: guided ones would otherwise."""
+    return SpeedConfig(**{"rollout_stride": 1, **switches})
+
+
+EXACT = Variant("exact", _every_point(), {})
 VARIANTS = (
     Variant(
-        "compiled blocks, cuDNN attention (rounding)", SpeedConfig(compile=True, attention_backend="cudnn"), {}, True
+        "compiled blocks, cuDNN attention (rounding)", _every_point(compile=True, attention_backend="cudnn"), {}, True
     ),
-    Variant("decoder in tiles (rounding)", SpeedConfig(id_decode_tile=128), {}),
-    Variant("fp8 rollouts", SpeedConfig(rollout_precision="fp8"), {}),
-    Variant("every second rollout point", SpeedConfig(rollout_stride=2), {}),
-    Variant("every third rollout point", SpeedConfig(rollout_stride=3), {}),
-    Variant("LoRA in bf16 (rounding)", SpeedConfig(lora_precision="bf16"), {}),
-    Variant("int8 weights", SpeedConfig(weight_storage="int8"), {}),
-    Variant("fp8 weights", SpeedConfig(weight_storage="fp8"), {}),
-    Variant("half-size decode (area)", SpeedConfig(), {"id_decode_downsample_mode": "area"}),
-    Variant("half-size decode (bicubic)", SpeedConfig(), {"id_decode_downsample_mode": "bicubic"}),
+    Variant("decoder in tiles (rounding)", _every_point(id_decode_tile=128), {}),
+    Variant("fp8 rollouts", _every_point(rollout_precision="fp8"), {}),
+    Variant("every second rollout point", _every_point(rollout_stride=2), {}),
+    Variant("every third rollout point", _every_point(rollout_stride=3), {}),
+    Variant("LoRA in bf16 (rounding)", _every_point(lora_precision="bf16"), {}),
+    Variant("int8 weights", _every_point(weight_storage="int8"), {}),
+    Variant("fp8 weights", _every_point(weight_storage="fp8"), {}),
+    Variant("half-size decode (area)", _every_point(), {"id_decode_downsample_mode": "area"}),
+    Variant("half-size decode (bicubic)", _every_point(), {"id_decode_downsample_mode": "bicubic"}),
 )
 
 

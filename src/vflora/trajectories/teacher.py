@@ -123,7 +123,9 @@ class Guide:
 
     def bytes_per_rollout(self, dtype: torch.dtype) -> int:
         """Returns the most that a rollout can take on disk: points x (latents and velocity) of each sample."""
-        points = min((self._teacher.config.harvest_count + 1) * self._plan.reuse, len(self._teacher.sigmas) - 1)
+        config = self._teacher.config
+        per_step = config.harvest_count + 1 + config.harvest_below
+        points = min(per_step * self._plan.reuse, len(self._teacher.sigmas) - 1)
         values = torch.Size(self._teacher.latent_shape).numel()
         return 2 * points * values * dtype.itemsize * self._batch_size
 

@@ -11,7 +11,8 @@ from vflora.errors import UserError
 def settled(flags, *extra):
     """Guidance and stride of rollouts, once they are settled."""
     settings = as_sampled(parse("train", [*flags, "--rollout_guidance_scale", "null", *extra]))
-    return settings.rollout.guidance_scale, settings.speed.rollout_stride
+    scale = settings.rollout.guidance_scale
+    return scale, settings.speed.stride(scale)
 
 
 @pytest.fixture

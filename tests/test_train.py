@@ -15,8 +15,10 @@ from vflora.models.loading import load_vae
 from vflora.models.projection_head import HeadSpec, new_head, save_head
 from vflora.models.random_original import write_small_original
 from vflora.models.random_weights import small_pipeline
+from vflora.settings import require_same_recipe
 from vflora.train import opened, run
 from vflora.training_setup import set_up
+from vflora.trajectories.provenance import require_same
 
 
 def metrics(folder):
@@ -67,7 +69,8 @@ def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path, cap
     [
         ["--num_workers", "0"],
         ["--num_workers", "2"],
-        ["--trajectory_reuse", "3", "--gradient_accumulation_steps", "2", "--use_muon", "false"],
+        ["--trajectory_reuse", "3", "--gradient_accumulation_steps", "2", "--use_muon", "false"]
+        + ["--rollout_guidance_scale", "3", "--harvest_below", "1"],
         ["--lora_dropout", "0.2", "--batch_size", "2", "--p_secondary", "0.5"],
     ],
 )
@@ -135,6 +138,17 @@ def test_resuming_another_recipe_is_refused(train_flags, capsys, change, sentenc
     assert sentence in capsys.readouterr().err
 
 
+def test_a_setting_that_had_no_flag_then_is_taken_as_it_was(train_flags, tmp_path):
+    current = parse("train", [*train_flags, "--harvest_below", "1"]).flat()
+    before = {name: value for name, value in current.items() if name != "harvest_below"}
+    with pytest.raises(UserError, match="other settings: --harvest_below was 0 and is 1"):
+        require_same_recipe(before, current, where=tmp_path)
+    require_same_recipe(before, current | {"harvest_below": 0}, where=tmp_path)
+    with pytest.raises(UserError, match="--harvest_below was 0 and is 1"):
+        require_same({"seed": 1}, {"seed": 1, "harvest_below": 1}, tmp_path, verb="train")
+    require_same({"seed": 1}, {"seed": 1, "harvest_below": 0}, tmp_path, verb="train")
+
+
 def test_a_cache_that_is_complete_spares_loading_the_text_encoder(train_flags, tmp_path, monkeypatch, losses):
     flags = [*train_flags, "--max_train_steps", "2", "--condition_cache", str(tmp_path / "cache")]
     run(parse("train", [*flags, "--output_dir", str(tmp_path / "first")]))
@@ -171,9 +185,12 @@ def test_guidance_changes_the_states_but_the_student_still_starts_as_the_teacher
 def test_by_default_a_run_is_guided_as_the_pipeline_samples_and_says_so_in_its_settings(train_flags, tmp_path):
     run(parse("train", [*train_flags, "--rollout_guidance_scale", "null", "--max_train_steps", "1"]))
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (saved["rollout_guidance_scale"], saved["rollout_stride"]) == (6.0, 2)
-    again = parse("train", ["--config", str(tmp_path / "run" / "config.yaml")])
-    assert again.rollout.guidance_scale == 6.0
+    assert saved["rollout_guidance_scale"] == 6.0
+    again = ["--config", str(tmp_path / "run" / "config.yaml")]
+    assert parse("train", again).rollout.guidance_scale == 6.0
+    # What follows from it does so again, in another mode or without it.
+    assert parse("train", [*again, "--mode", "fast"]).speed.rollout_stride == 2
+    assert parse("train", [*again, "--rollout_guidance_scale", "1"]).speed.stride(1.0) == 1
 
 
 def test_a_new_run_never_touches_the_one_that_is_there(train_flags, tmp_path, capsys):

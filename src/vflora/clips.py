@@ -77,8 +77,6 @@ class Clips:
 def as_sampled(settings: Settings) -> Settings:
     """Returns settings whose rollouts are guided as the pipeline samples, unless a flag says otherwise.
 
-    Guidance asks the teacher twice at a point; unless a flag says otherwise, it is asked at every second point then.
-
     Raises:
         UserError: if the pipeline does not tell.
     """
@@ -86,12 +84,7 @@ def as_sampled(settings: Settings) -> Settings:
     if scale is None:
         scale = load_guidance_scale(settings.model.pipeline_dir, settings.model.transformer_version)
         scale = max(1.0, scale)  # less than none would lead away from the prompt
-    stride = settings.speed.rollout_stride or (1 if scale == 1 else 2)
-    return replace(
-        settings,
-        rollout=replace(settings.rollout, rollout_guidance_scale=float(scale)),
-        speed=replace(settings.speed, rollout_stride=stride),
-    )
+    return replace(settings, rollout=replace(settings.rollout, rollout_guidance_scale=float(scale)))
 
 
 def noise_levels(settings: TrainSettings) -> Tensor:

@@ -14,6 +14,7 @@ from vflora.models.original_encoders import PARTS
 from vflora.models.original_layout import is_original_layout, transformer_versions
 
 _WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+_SETTINGS = ("scheduler", "guider")
 _ADVICE = "`vflora download` prints how to get it"
 
 
@@ -34,6 +35,8 @@ def check_pipeline(pipeline_dir: str, version: str) -> str:
     if (folder / "model_index.json").is_file():
         for component in _WEIGHTS:
             check_weights(folder / component)
+        for component in _SETTINGS:
+            check_json(folder / component / f"{component}_config.json", _ADVICE)
         return f"{pipeline_dir} is a complete diffusers pipeline"
     if is_original_layout(folder):
         there = transformer_versions(folder)

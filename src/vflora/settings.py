@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -67,16 +67,26 @@ FREE_TO_CHANGE = frozenset(
 learned. The batch may be split over another number of processes; its whole size is compared by itself."""
 
 
+PLAIN: dict[str, Any] = {
+    f.name: f.default
+    for group in get_type_hints(TrainSettings).values()
+    for f in fields(group)
+    if f.default is not MISSING
+}
+"""Every setting that has a default, with it."""
+
+
 def require_same_recipe(saved: dict[str, Any], current: dict[str, Any], *, where: Path) -> None:
     """Compares the settings of a checkpoint with those of the run that resumes it.
 
     Raises:
         UserError: naming every setting that differs, with both values.
     """
+    before = PLAIN | saved  # what had no flag then was as it is without one now
     differing = [
-        f"--{name} was {saved[name]} and is {value}"
+        f"--{name} was {before[name]} and is {value}"
         for name, value in current.items()
-        if name in saved and name not in FREE_TO_CHANGE and saved[name] != value
+        if name in before and name not in FREE_TO_CHANGE and before[name] != value
     ]
     if differing:
         raise UserError(

@@ -143,7 +143,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             start_batch=start_batch,
             make_prompt=make_prompt,
             encoder=clips.encoder,
-            denoiser=acceleration.teacher(denoiser, exact_sigmas),
+            denoiser=acceleration.teacher(denoiser, exact_sigmas, guidance_scale=settings.rollout.guidance_scale),
             config=settings.rollout,
             sigmas=clips.sigmas,
             latent_shape=shape,

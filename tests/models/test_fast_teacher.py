@@ -103,6 +103,17 @@ def test_rollouts_are_counted_and_each_is_exact_at_its_own_points(setting):
                 assert torch.equal(trajectory.velocities[index], exact) == (sigma in plan)
 
 
+def test_a_rollout_of_one_point_is_counted_like_any_other(setting):
+    denoiser, switch, conditions, _, sigmas = setting
+    plans = [{sigmas[0].item()}, {sigmas[5].item()}]
+    teacher = FastTeacher(denoiser, plans.__getitem__, switch=switch, stride=2)
+    for points, harvested in ((1, 0), (6, 5)):
+        with teacher.teacher():
+            trajectory = rollout(teacher, conditions, setting[3], sigmas, points)
+            exact = denoiser.velocity(trajectory.latents[harvested], sigmas[harvested].item(), conditions)
+        assert torch.equal(trajectory.velocities[harvested], exact)
+
+
 def test_all_steps_that_share_a_rollout_find_their_points_exact():
     config, sigmas = RolloutConfig(trajectory_reuse=3), sampling_sigmas(25, 5.0)
     exact = harvested_sigmas(config, 7, 2, sigmas)

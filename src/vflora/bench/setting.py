@@ -73,6 +73,8 @@ class BenchConfig:
     """By which factor."""
     trajectory_reuse: int = 1
     """As in training: optimizer steps that share a rollout."""
+    rollout_guidance_scale: float = 1.0
+    """As in training; above 1 the teacher is asked twice, at every second point. The reference implementation has 1."""
     prompt_tokens: int = 80
     """Tokens of a prompt; the picture has 729 of its own."""
     prompt_spread: int = 0
@@ -123,7 +125,7 @@ class RandomConditions:
         """Has nothing to prepare."""
 
     def encode(self, prompts: Sequence[str], images: Tensor) -> Conditions:
-        """Returns conditions; a prompt has as many tokens as letters."""
+        """Returns conditions; a prompt has as many tokens as letters, and the blank one a single token."""
         rows = []
         channels, _, height, width = self._latent_shape
         for prompt in prompts:
@@ -132,10 +134,11 @@ class RandomConditions:
             def draw(*shape: int, generator: torch.Generator = generator) -> Tensor:
                 return torch.randn(1, *shape, generator=generator)
 
+            tokens = max(1, len(prompt))
             rows.append(
                 Conditions(
-                    prompt_embeds=draw(len(prompt), self._widths[0]),
-                    prompt_lengths=(len(prompt),),
+                    prompt_embeds=draw(tokens, self._widths[0]),
+                    prompt_lengths=(tokens,),
                     prompt_embeds_2=torch.zeros(1, 0, self._widths[1]),
                     prompt_lengths_2=(0,),
                     image_embeds=draw(self._image_tokens, self._widths[2]),
@@ -206,7 +209,9 @@ def build_setting(config: BenchConfig, speed: SpeedConfig, world: World = ALONE,
     )
     sigmas = sampling_sigmas(settings.rollout.num_inference_steps, 5.0)
     teacher = acceleration.teacher(
-        denoiser, lambda rollout: harvested_sigmas(settings.rollout, config.seed, rollout, sigmas)
+        denoiser,
+        lambda rollout: harvested_sigmas(settings.rollout, config.seed, rollout, sigmas),
+        guidance_scale=settings.rollout.guidance_scale,
     )
     source = TeacherSource(
         _batches(config.batch_size, (height, width), world.dp_rank),
@@ -243,7 +248,7 @@ def _settings(config: BenchConfig, speed: SpeedConfig) -> TrainSettings:
         rollout=RolloutConfig(
             train_target_resolution=config.resolution,
             train_video_length=config.frames,
-            rollout_guidance_scale=1.0,
+            rollout_guidance_scale=config.rollout_guidance_scale,
             trajectory_reuse=config.trajectory_reuse,
             id_timestep_frac_low=_DEEP,
             id_timestep_frac_high=_DEEP,

@@ -48,7 +48,7 @@ class FastTeacher:
         switch: Fp8Switch,
         stride: int = 1,
     ):
-        """Takes the model; a new rollout is one that starts at a higher noise level than the last call had.
+        """Takes the model; a new rollout is one inside `teacher`, or at a higher noise level than the last call had.
 
         Args:
             denoiser: the model.
@@ -64,7 +64,8 @@ class FastTeacher:
         self._skips, self._skipped = False, 0
 
     def teacher(self) -> AbstractContextManager[None]:
-        """As `Denoiser.teacher`."""
+        """As `Denoiser.teacher`; what comes inside is another rollout than what came before."""
+        self._last = -math.inf  # one that ended at its first point began at the same noise level
         return self._denoiser.teacher()
 
     def velocity(

@@ -221,7 +221,10 @@ def load_guidance_scale(pipeline_dir: str, transformer_version: str = "480p_i2v"
     if is_original_layout(pipeline_dir):
         return Version(transformer_version).guidance_scale
     require_complete(pipeline_dir, "guider")
-    guider = cast(dict[str, Any], ClassifierFreeGuidance.load_config(pipeline_dir, subfolder="guider"))
+    try:
+        guider = cast(dict[str, Any], ClassifierFreeGuidance.load_config(pipeline_dir, subfolder="guider"))
+    except OSError as error:
+        raise UserError(f"{pipeline_dir} has no guider ({error}): give --rollout_guidance_scale.") from error
     scale = guider.get("guidance_scale") if guider.get("enabled", True) else 1.0
     if not isinstance(scale, int | float):
         raise UserError(f"The guider of {pipeline_dir} names no guidance_scale: give --rollout_guidance_scale.")

@@ -39,7 +39,8 @@ class SpeedConfig:
 
     mode: Mode = "exact"
     """Presets of the flags below; a flag that is given wins. exact: their defaults; fast: less time; low_memory: less
-    memory. fast and low_memory approximate."""
+    memory. fast and low_memory approximate; of exact, only states between harvested points, where guidance skips some
+    (--rollout_stride 1 computes all)."""
     compile: bool = False
     """Compile the transformer's blocks, one by one: about a minute at the start, then a third less time a step."""
     attention_backend: AttentionKernel = "native"
@@ -84,6 +85,10 @@ class SpeedConfig:
         """
         require(mode in _PRESETS, f"There is no mode {mode}: use {', '.join(_PRESETS)}.")
         return cls(**{"mode": mode, **_PRESETS[mode], **flags})
+
+    def stride(self, guidance_scale: float) -> int:
+        """Returns every how many points rollouts with so much guidance are computed."""
+        return self.rollout_stride or (1 if guidance_scale == 1 else 2)
 
     def __post_init__(self) -> None:
         plain = all(getattr(self, f.name) == f.default for f in fields(self) if f.name != "mode")
@@ -138,10 +143,18 @@ class Acceleration:
     switch: Fp8Switch
     recompute: BlockRecompute
 
-    def teacher(self, denoiser: Denoiser, exact_sigmas: Callable[[int], Collection[float]]) -> Teacher:
-        """Returns who leads the rollouts; `exact_sigmas` says what will be harvested from each, by its number."""
+    def teacher(
+        self, denoiser: Denoiser, exact_sigmas: Callable[[int], Collection[float]], *, guidance_scale: float = 1.0
+    ) -> Teacher:
+        """Returns who leads the rollouts.
+
+        Args:
+            denoiser: the model.
+            exact_sigmas: what will be harvested from each rollout, by its number.
+            guidance_scale: of the rollouts.
+        """
         leader = GraphedTeacher(denoiser, self.switch) if self.config.rollout_graphs else denoiser
-        stride = self.config.rollout_stride or 1
+        stride = self.config.stride(guidance_scale)
         if self.config.rollout_precision == "full" and stride == 1:
             return leader
         return FastTeacher(leader, exact_sigmas, switch=self.switch, stride=stride)

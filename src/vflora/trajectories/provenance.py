@@ -14,10 +14,10 @@ from vflora.errors import UserError
 from vflora.models.conditions import weights_fingerprint
 from vflora.models.loading import load_shift
 from vflora.models.original_layout import is_original_layout
-from vflora.settings import TrainSettings
+from vflora.settings import PLAIN, TrainSettings
 
 _DATA = ("metadata_key", "wds_shuffle_buf", "enable_augmentation", "augment_r", "augment_j")
-_SPEED = ("rollout_precision", "rollout_stride", "weight_storage")
+_SPEED = ("rollout_precision", "weight_storage")
 _PARTS = ("text_encoder", "text_encoder_2", "image_encoder", "tokenizer", "vae")
 
 # Names of what is no flag, as the message about a difference says them.
@@ -45,6 +45,7 @@ def recipe_of(settings: TrainSettings, dataset: DataSet, slots: int) -> dict[str
     del flags["id_on_policy"]  # the student's own steps, from a harvested point on
     flags |= {name: getattr(settings.data, name) for name in _DATA}
     flags |= {name: getattr(settings.speed, name) for name in _SPEED}
+    flags["rollout_stride"] = settings.speed.stride(settings.rollout.guidance_scale)
     model, optimizer = settings.model, settings.optimizer
     return {
         "seed": settings.run.seed,
@@ -78,7 +79,8 @@ def require_same(made: dict[str, Any], wanted: dict[str, Any], folder: Path, *, 
     Raises:
         UserError: naming everything that differs.
     """
-    differing = [_difference(name, made, wanted) for name in made | wanted if made.get(name) != wanted.get(name)]
+    before = PLAIN | made  # what had no flag then was as it is without one now
+    differing = [_difference(name, before, wanted) for name in made | wanted if before.get(name) != wanted.get(name)]
     if differing:
         raise UserError(
             f"{folder} was rolled out otherwise: {'; '.join(differing)}; {verb} with the same, or choose another "

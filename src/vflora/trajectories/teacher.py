@@ -103,7 +103,7 @@ class Guide:
             lookahead=settings.prompts.condition_lookahead,
         )
         shape = clips.latent_shape(config.train_video_length)
-        leader = acceleration.teacher(denoiser, exact_sigmas)
+        leader = acceleration.teacher(denoiser, exact_sigmas, guidance_scale=config.guidance_scale)
         teacher = Rollouts(leader, clips.encoder, config, clips.sigmas, shape, seed, device)
         return cls(teacher, clips.encoder, prepared, loader, plan, settings.data.batch_size)
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 
 import vflora.train
 from vflora.cli import parse
@@ -54,6 +55,11 @@ def test_arms_are_trained_graded_and_put_side_by_side(tmp_path, monkeypatch):
     assert (written.parent / "arms" / "recipe-0" / "result.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="--steps was 1.*another --output"):
         ablate.run(parse("world ablate", [*flags, "base", "--steps", "2"]))
+    begun = yaml.safe_load((written.parent / "lab.yaml").read_text())
+    assert begun.pop("lambda_id") == 0.6
+    (written.parent / "lab.yaml").write_text(yaml.safe_dump(begun))
+    with pytest.raises(UserError, match="another version of vflora: use another --output"):
+        ablate.run(parse("world ablate", [*flags, "base"]))
 
 
 def test_every_recipe_arm_is_a_command_line_that_training_accepts(tmp_path):

@@ -12,13 +12,14 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import yaml
 from tqdm import tqdm
 
 from vflora.atomic import replace_file
+from vflora.cli import parse
 from vflora.config import require
 from vflora.errors import UserError
 from vflora.settings import flat_settings
@@ -108,15 +109,26 @@ def write_report(lab: LabConfig) -> Path:
 
 
 def _require_same_lab(lab: LabConfig) -> None:
-    """Arms are compared only if everything else was equal."""
+    """Arms are compared only if everything else was equal, the defaults of the recipe among it."""
     path, free = lab.output / "lab.yaml", {"output", "device"}
     settings = {name: value for name, value in flat_settings(lab).items() if name not in free}
+    settings = _recipe_of(lab) | settings
     if path.exists():
         before = yaml.safe_load(path.read_text())
+        known = settings.keys() <= before.keys()
+        require(known, f"{lab.output} was begun by another version of vflora: use another --output.")
         changed = [f"--{name} was {before.get(name)}" for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise UserError(f"{lab.output} was begun with other settings ({', '.join(changed)}): use another --output.")
     replace_file(path, lambda unfinished: unfinished.write_text(yaml.safe_dump(settings)))
+
+
+def _recipe_of(lab: LabConfig) -> dict[str, Any]:
+    """Returns what the recipe is, flag by flag, in this version of the package."""
+    recipe = parse("train", train_flags(lab, arm_named("recipe"), lab.output, seed=0))
+    flags = flat_settings(recipe.rollout, recipe.identity, recipe.lora, recipe.optimizer)
+    places = {"dino_model_dir", "dino_head_path", "pretrained_lora_path"}
+    return {name: value for name, value in flags.items() if name not in places}
 
 
 def _run_jobs(lab: LabConfig, jobs: list[Job], at_once: int) -> list[Job]:

@@ -73,12 +73,19 @@ def _remove_glyph(folder):
     return "original", "glyph encoder is missing"
 
 
+def _remove_guider(folder):
+    (folder / "diffusers" / "guider" / "guider_config.json").unlink()
+    return "diffusers", "guider_config.json is missing"
+
+
 def _remove_all(folder):
     shutil.rmtree(folder / "diffusers")
     return "diffusers", "there is nothing at"
 
 
-@pytest.mark.parametrize("damage", [_remove_shard, _cut_vae, _remove_vision, _remove_glyph, _remove_all])
+@pytest.mark.parametrize(
+    "damage", [_remove_shard, _cut_vae, _remove_vision, _remove_glyph, _remove_guider, _remove_all]
+)
 def test_what_is_missing_or_damaged_is_named(copy, damage):
     pipeline, words = damage(copy)
     found = _findings(copy, pipeline)["model"]

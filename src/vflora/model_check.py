@@ -36,7 +36,7 @@ def check_pipeline(pipeline_dir: str, version: str) -> str:
         for component in _WEIGHTS:
             check_weights(folder / component)
         for component in _SETTINGS:
-            check_json(folder / component / f"{component}_config.json", _ADVICE)
+            check_json(folder / component / f"{component}_config.json")
         return f"{pipeline_dir} is a complete diffusers pipeline"
     if is_original_layout(folder):
         there = transformer_versions(folder)

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from vflora.cli import parse
-from vflora.clips import as_sampled
+from vflora.clips import as_sampled, noise_levels
 from vflora.errors import UserError
 
 
@@ -45,6 +45,12 @@ def test_a_guider_of_another_kind_is_told_with_the_flag_that_does_without_it(tra
     with pytest.raises(UserError, match="names no guidance_scale: give --rollout_guidance_scale"):
         settled(train_flags, "--pipeline_dir", str(pipeline))
     assert settled(train_flags, "--pipeline_dir", str(pipeline), "--rollout_guidance_scale", "2") == (2.0, 2)
+
+
+@pytest.mark.parametrize(("high", "warned"), [("0.5", False), ("0.45", True)])
+def test_a_schedule_without_a_proper_deep_point_is_said_with_the_one_that_is_taken(train_flags, caplog, high, warned):
+    noise_levels(parse("train", [*train_flags, "--id_sigma_low", "0.15", "--id_sigma_high", high]))
+    assert ("identity is judged at the nearest, 0.50" in caplog.text) == warned
 
 
 def test_what_nobody_has_settled_is_no_number(train_flags):

@@ -64,6 +64,31 @@ def test_saved_settings_can_be_run_in_another_mode_and_keep_what_was_given(train
     assert other == replace(settings, speed=SpeedConfig.preset("fast", enable_gradient_checkpointing="false"))
 
 
+REQUIRED = ["--pipeline_dir", "models", "--wds_root", "data", "--metadata_key", "name"]
+REQUIRED += ["--dino_model_dir", "dino", "--dino_head_path", "head"]
+LEVELS, PLACES = ["--id_sigma_low", "0.2"], ["--id_timestep_frac_low", "0.6"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "saved", "band"),
+    [
+        ([], {}, (0.15, 0.45)),
+        (PLACES, {}, (None, None)),
+        (["--id_timestep_frac_high=0.9"], {}, (None, None)),
+        ([*PLACES, *LEVELS], {}, (0.2, 0.45)),
+        ([], {"id_timestep_frac_low": 0.6}, (None, None)),
+        ([], {"id_timestep_frac_low": 0.6, "id_sigma_low": 0.15, "id_sigma_high": 0.45}, (0.15, 0.45)),
+        (PLACES, {"id_timestep_frac_low": 0.5, "id_sigma_low": 0.15, "id_sigma_high": 0.45}, (None, None)),
+        (LEVELS, {"id_timestep_frac_low": 0.6}, (0.2, 0.45)),
+    ],
+)
+def test_a_place_for_the_deep_point_sets_its_noise_levels_aside_where_none_are_given(typed, saved, band, tmp_path):
+    file = tmp_path / "saved.yaml"
+    file.write_text(yaml.safe_dump(saved))
+    got = parse("train", ["--config", str(file), *REQUIRED, *typed]).rollout
+    assert (got.id_sigma_low, got.id_sigma_high) == band
+
+
 def test_an_unknown_mode_is_refused_with_those_there_are():
     with pytest.raises(UserError, match="exact.*fast.*low_memory"):
         speed("--mode", "quick")

@@ -69,24 +69,32 @@ def test_a_point_beyond_the_rollout_is_refused(transformer, make_conditions):
         trajectory.point(2)
 
 
-def test_deepest_point_stays_in_its_band_and_reaches_both_ends():
-    config = RolloutConfig()
+def test_the_deepest_point_can_be_chosen_by_its_place():
+    config = RolloutConfig(id_sigma_low=None, id_sigma_high=None)
     drawn = {deep_index(config, SIGMAS, 42, step) for step in range(300)}
     assert drawn == set(range(15, 22))
 
 
-def test_the_deepest_point_can_be_chosen_by_its_noise_level():
-    config = RolloutConfig(id_sigma_low=0.3, id_sigma_high=0.6)
+@pytest.mark.parametrize("band", [(0.15, 0.45), (0.3, 0.6)])
+def test_the_deepest_point_is_chosen_by_its_noise_level_and_reaches_both_ends(band):
+    config = RolloutConfig(id_sigma_low=band[0], id_sigma_high=band[1])
     drawn = {deep_index(config, SIGMAS, 42, step) for step in range(300)}
-    assert drawn == {i for i, sigma in enumerate(SIGMAS[:-1].tolist()) if 0.3 <= sigma <= 0.6}
-    with pytest.raises(UserError, match=r"no point of the schedule.*its noise levels are 1\.00 0\.99"):
-        deep_index(RolloutConfig(id_sigma_low=0.01, id_sigma_high=0.02), SIGMAS, 42, 0)
+    assert drawn == {i for i, sigma in enumerate(SIGMAS[:-1].tolist()) if band[0] <= sigma <= band[1]}
+
+
+@pytest.mark.parametrize(
+    ("steps", "low", "high", "nearest"), [(4, 0.15, 0.45, 3), (25, 0.01, 0.02, 24), (6, 0.86, 0.9, 2)]
+)
+def test_where_no_point_has_such_a_noise_level_the_nearest_one_is_the_deepest(steps, low, high, nearest):
+    config = RolloutConfig(num_inference_steps=steps, id_sigma_low=low, id_sigma_high=high)
+    sigmas = sampling_sigmas(steps, 5.0)
+    assert {deep_index(config, sigmas, 42, step) for step in range(20)} == {nearest}
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"id_sigma_low": 0.3}, "give both or neither"),
+        ({"id_sigma_low": None}, "set both to null or neither"),
         ({"id_sigma_low": 0.6, "id_sigma_high": 0.3}, "must not exceed"),
         ({"id_on_policy": 1.5}, "is a share"),
         ({"id_on_policy": 0.5, "harvest_count": 0}, "--harvest_count 1 or more"),
@@ -141,7 +149,7 @@ def test_harvested_points_are_distinct_and_noisier_than_the_deepest(scheme):
 
 
 def test_points_below_are_distinct_and_less_noisy_than_the_deep_one_as_long_as_there_are_any():
-    config = RolloutConfig(harvest_below=3, id_timestep_frac_high=0.95)
+    config = RolloutConfig(harvest_below=3, id_timestep_frac_high=0.95, id_sigma_low=None, id_sigma_high=None)
     met = set()
     for step in range(200):
         drawn = harvest(config, SIGMAS, 42, step)
@@ -152,7 +160,7 @@ def test_points_below_are_distinct_and_less_noisy_than_the_deep_one_as_long_as_t
         assert points_for_block(config, SIGMAS, 42, step) == drawn.indices[-1] + 1
         met |= set(drawn.below)
     assert max(met) == config.num_inference_steps - 1
-    assert harvest(RolloutConfig(), SIGMAS, 42, 0).below == []
+    assert harvest(RolloutConfig(harvest_below=0), SIGMAS, 42, 0).below == []
 
 
 def test_bracketed_points_lie_near_a_half_and_a_quarter():
@@ -169,7 +177,7 @@ def test_harvests_differ_from_step_to_step():
 
 
 def test_one_rollout_reaches_far_enough_for_every_step_it_serves():
-    config = RolloutConfig(trajectory_reuse=4)
+    config = RolloutConfig(trajectory_reuse=4, harvest_below=0)
     for first in range(0, 40, 4):
         deepest = max(deep_index(config, SIGMAS, 1, step) for step in range(first, first + 4))
         assert {points_for_block(config, SIGMAS, 1, step) for step in range(first, first + 4)} == {deepest + 1}

@@ -363,7 +363,7 @@ def test_a_quick_teacher_changes_the_states_not_the_first_distillation_loss(trai
         (["--logger", "wandb"], "pip install 'vflora[wandb]'"),
         (["--output_dir", __file__], "is a file and no folder: choose another --output_dir"),
         (["--pipeline_dir", "nobody/nothing"], "nobody/nothing is no folder here"),
-        (["--id_sigma_low", "0.01", "--id_sigma_high", "0.02"], "no point of the schedule lies between"),
+        (["--id_sigma_low", "null"], "belong together: set both to null or neither"),
         (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
     ],
 )

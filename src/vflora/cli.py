@@ -20,6 +20,7 @@ from vflora.distributed.voice import first_to_say, is_first, said_once
 from vflora.errors import UserError
 from vflora.help_text import HelpText
 from vflora.log_lines import AboveBars
+from vflora.presets import set_aside
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     groups = config_groups(config_class)
     parser = build_parser(name, groups)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    complete = expand_mode_for(processes, normalise(arguments, groups, command.positionals), groups)
+    given = set_aside(normalise(arguments, groups, command.positionals), groups)
+    complete = expand_mode_for(processes, given, groups)
     try:
         values = parser.parse_args(complete)
     except ArgumentError as error:

@@ -88,12 +88,20 @@ def as_sampled(settings: Settings) -> Settings:
 
 
 def noise_levels(settings: TrainSettings) -> Tensor:
-    """Returns the schedule [S + 1] of the pipeline, from 1 to 0.
+    """Returns the schedule [S + 1] of the pipeline, from 1 to 0, and warns of one without a proper deep point.
 
     Raises:
-        UserError: if the pipeline is not there, or none of its noise levels may be that of the deep point.
+        UserError: if the pipeline is not there.
     """
+    rollout = settings.rollout
     shift = load_shift(settings.model.pipeline_dir, settings.model.transformer_version)
-    sigmas = sampling_sigmas(settings.rollout.num_inference_steps, shift)
-    deep_indices(settings.rollout, sigmas)  # which the first step would ask, when everything has been loaded
+    sigmas = sampling_sigmas(rollout.num_inference_steps, shift)
+    low, high = rollout.id_sigma_low, rollout.id_sigma_high
+    deep = sigmas[deep_indices(rollout, sigmas)[0]].item()
+    if low is not None and high is not None and not low <= deep <= high:
+        logger.warning(
+            "no point of the schedule has a noise level between --id_sigma_low %g and --id_sigma_high %g: identity is "
+            "judged at the nearest, %.2f, and more --num_inference_steps bring others",
+            *(low, high, deep),
+        )
     return sigmas

@@ -91,20 +91,21 @@ class RolloutConfig:
     """Steps of the rollout's schedule."""
     harvest_count: int = 2
     """Distilled points per step above the deep one, where identity is judged."""
-    harvest_below: int = 0
+    harvest_below: int = 1
     """Distilled points per step below the deep one, where nothing else holds the student; rollouts go on to them."""
     harvest_scheme: Literal["bracket", "random"] = "bracket"
     """bracket: near 50 % and 25 % of the schedule; random: anywhere above the deep point."""
     harvest_jitter_frac: float = 0.05
     """Jitter of bracketed points, as a fraction of the schedule."""
     id_timestep_frac_low: float = 0.6
-    """Earliest place of the deep point, where identity is judged, as a fraction of the schedule."""
+    """Choose the deep point by its place instead of its noise level: the earliest place, a fraction of the schedule. On
+    a command line, giving this or the next flag sets --id_sigma_low and --id_sigma_high aside."""
     id_timestep_frac_high: float = 0.85
-    """Latest place of the deep point."""
-    id_sigma_low: float | None = None
-    """Choose the deep point by its noise level instead of its place: the lowest level allowed."""
-    id_sigma_high: float | None = None
-    """The highest noise level of the deep point."""
+    """The latest place of the deep point."""
+    id_sigma_low: float | None = 0.15
+    """The lowest noise level of the deep point, where identity is judged; null: it is chosen by its place."""
+    id_sigma_high: float | None = 0.45
+    """The highest noise level of the deep point; null, with --id_sigma_low null: it is chosen by its place."""
     id_on_policy: float = 0.0
     """Share of steps whose deep point the student reaches by itself, from the last harvested point on."""
     rollout_guidance_scale: float | None = None
@@ -124,7 +125,7 @@ class RolloutConfig:
         )
         require(
             (self.id_sigma_low is None) == (self.id_sigma_high is None),
-            "--id_sigma_low and --id_sigma_high belong together: give both or neither.",
+            "--id_sigma_low and --id_sigma_high belong together: set both to null or neither.",
         )
         require(
             self.id_sigma_low is None or 0 < self.id_sigma_low <= (self.id_sigma_high or 0.0) <= 1,
@@ -141,6 +142,12 @@ class RolloutConfig:
             "--rollout_guidance_scale must be at least 1 (1 is no guidance).",
         )
         require(self.trajectory_reuse >= 1, "--trajectory_reuse must be at least 1.")
+
+    @staticmethod
+    def sets_aside() -> dict[str, tuple[str, ...]]:
+        """Returns which flags a given one puts out of force, see `vflora.presets.set_aside`."""
+        levels = ("id_sigma_low", "id_sigma_high")
+        return {"id_timestep_frac_low": levels, "id_timestep_frac_high": levels}
 
     @property
     def guidance_scale(self) -> float:

@@ -1,4 +1,4 @@
-"""`--mode NAME` on a command line: many flags at once, any of which may be given besides and then wins. Pure."""
+"""What flags that were given say about others: `--mode NAME`, and flags that set others aside. Pure."""
 
 from __future__ import annotations
 
@@ -40,6 +40,28 @@ def expand_mode(arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
             if name != MODE and not given:
                 added.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return [*arguments, *added]
+
+
+def set_aside(arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
+    """Adds `--NAME=null` for flags that another one, which was given, puts out of force.
+
+    A group of flags has a static method `sets_aside()` for that: for a flag, the others. They stay in force where
+    they were given as well: on the command line, or in the `--config` file that gives the flag itself.
+
+    Args:
+        arguments: as `vflora.arguments.normalise` returns them.
+        groups: the dataclasses of flags.
+    """
+    flags = list(flag_values(arguments))
+    names = {name for name, _ in flags}
+    saved = names | saved_settings(flags).keys()
+    pairs = [pair for group in groups if hasattr(group, "sets_aside") for pair in group.sets_aside().items()]
+    added = []
+    for name, others in pairs:
+        given = names if name in names else saved
+        if name in given and given.isdisjoint(others):
+            added += [f"--{other}=null" for other in others]
+    return [*arguments, *dict.fromkeys(added)]
 
 
 def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vflora.config import RolloutConfig
-from vflora.errors import UserError
 from vflora.flow import euler_step
 from vflora.random_streams import keyed_generator
 from vflora.types import Conditions, Point, Trajectory
@@ -69,33 +68,25 @@ def deep_index(config: RolloutConfig, sigmas: Tensor, seed: int, step: int) -> i
     """Draws t_deep of an optimizer step: the point where identity is judged.
 
     One draw for the whole global batch, so that every process rolls out equally far.
-
-    Raises:
-        UserError: if no point of the schedule has a noise level that `--id_sigma_low` and `--id_sigma_high` allow.
     """
     allowed = deep_indices(config, sigmas)
     return allowed[int(torch.randint(len(allowed), (), generator=keyed_generator(seed, "deep", step)))]
 
 
 def deep_indices(config: RolloutConfig, sigmas: Tensor) -> Sequence[int]:
-    """Returns the points that t_deep may be.
+    """Returns the points that t_deep may be: one at least.
 
-    Raises:
-        UserError: if no point of the schedule has a noise level that `--id_sigma_low` and `--id_sigma_high` allow.
+    By noise level those are the points between `--id_sigma_low` and `--id_sigma_high`, or the nearest one where a
+    schedule of few steps has none there.
     """
     steps = config.num_inference_steps
     if config.id_sigma_low is None or config.id_sigma_high is None:
         low = min(round(config.id_timestep_frac_low * steps), steps - 1)
         high = min(round(config.id_timestep_frac_high * steps), steps - 1)
         return range(low, high + 1)
-    levels = sigmas[:-1].tolist()
-    allowed = [i for i, sigma in enumerate(levels) if config.id_sigma_low <= sigma <= config.id_sigma_high]
-    if not allowed:
-        raise UserError(
-            f"no point of the schedule lies between --id_sigma_low {config.id_sigma_low} and --id_sigma_high "
-            f"{config.id_sigma_high}: its noise levels are {' '.join(f'{level:.2f}' for level in levels)}."
-        )
-    return allowed
+    levels, low, high = sigmas[:-1].tolist(), config.id_sigma_low, config.id_sigma_high
+    within = [index for index, level in enumerate(levels) if low <= level <= high]
+    return within or [min(range(len(levels)), key=lambda index: max(low - levels[index], levels[index] - high))]
 
 
 @dataclass(frozen=True)
@@ -119,11 +110,7 @@ class Harvest:
 
 
 def harvest(config: RolloutConfig, sigmas: Tensor, seed: int, step: int) -> Harvest:
-    """Draws what an optimizer step learns from; one draw for the whole global batch.
-
-    Raises:
-        UserError: as `deep_index`.
-    """
+    """Draws what an optimizer step learns from; one draw for the whole global batch."""
     deep = deep_index(config, sigmas, seed, step)
     return Harvest(harvest_indices(config, deep, seed, step), deep, _below(config, deep, seed, step))
 

@@ -72,8 +72,8 @@ PLAIN: dict[str, Any] = {
     for group in get_type_hints(TrainSettings).values()
     for f in fields(group)
     if f.default is not MISSING
-}
-"""Every setting that has a default, with it."""
+} | {"harvest_below": 0}
+"""Every setting that has a default, with what was done before it had a flag: the default, or what that has replaced."""
 
 
 def require_same_recipe(saved: dict[str, Any], current: dict[str, Any], *, where: Path) -> None:
@@ -82,7 +82,7 @@ def require_same_recipe(saved: dict[str, Any], current: dict[str, Any], *, where
     Raises:
         UserError: naming every setting that differs, with both values.
     """
-    before = PLAIN | saved  # what had no flag then was as it is without one now
+    before = PLAIN | saved
     differing = [
         f"--{name} was {before[name]} and is {value}"
         for name, value in current.items()

@@ -52,8 +52,6 @@ from vflora.types import Batch, Conditions
 
 logger = logging.getLogger(__name__)
 
-_DEEP = 0.68  # of 25 steps: point 17, the middle of the default band
-
 
 @dataclass(frozen=True)
 class BenchConfig:
@@ -75,6 +73,10 @@ class BenchConfig:
     """As in training: optimizer steps that share a rollout."""
     rollout_guidance_scale: float = 1.0
     """As in training; above 1 the teacher is asked twice, at every second point. The reference implementation has 1."""
+    harvest_below: int = 0
+    """As in training: distilled points below the deep one. The reference implementation has none."""
+    id_timestep_frac: float = 0.68
+    """Place of the deep point: of 25 steps point 17, the middle of the reference implementation's band."""
     prompt_tokens: int = 80
     """Tokens of a prompt; the picture has 729 of its own."""
     prompt_spread: int = 0
@@ -250,8 +252,11 @@ def _settings(config: BenchConfig, speed: SpeedConfig) -> TrainSettings:
             train_video_length=config.frames,
             rollout_guidance_scale=config.rollout_guidance_scale,
             trajectory_reuse=config.trajectory_reuse,
-            id_timestep_frac_low=_DEEP,
-            id_timestep_frac_high=_DEEP,
+            harvest_below=config.harvest_below,
+            id_timestep_frac_low=config.id_timestep_frac,
+            id_timestep_frac_high=config.id_timestep_frac,
+            id_sigma_low=None,
+            id_sigma_high=None,
         ),
         identity=IdentityConfig(
             dino_model_dir="random weights",

@@ -79,7 +79,7 @@ def require_same(made: dict[str, Any], wanted: dict[str, Any], folder: Path, *, 
     Raises:
         UserError: naming everything that differs.
     """
-    before = PLAIN | made  # what had no flag then was as it is without one now
+    before = PLAIN | made
     differing = [_difference(name, before, wanted) for name in made | wanted if before.get(name) != wanted.get(name)]
     if differing:
         raise UserError(

@@ -71,16 +71,18 @@ def test_every_recipe_arm_is_a_command_line_that_training_accepts(tmp_path):
             differing = {key for key in settings if settings[key] != plain[key]}
             assert bool(differing) == (name != "recipe")
             asked = {flag[2:] for flag in chosen.flags if flag.startswith("--")} | {"wds_root"}
+            if "id_timestep_frac_low" in asked:
+                asked |= {"id_sigma_low", "id_sigma_high"}
             assert differing <= asked | ({"dino_model_dir", "dino_head_path"} if chosen.place_bound else set())
 
 
 def test_a_file_of_flags_changes_the_recipe_of_every_arm(tmp_path):
     (tmp_path / "tuned.yaml").write_text("lambda_id: 1.25\np_secondary: 0.3\n")
     lab = LabConfig(output=tmp_path, recipe=tmp_path / "tuned.yaml")
-    settings = parse("train", arm.train_flags(lab, ARMS["sigma"], tmp_path, 0))
+    settings = parse("train", arm.train_flags(lab, ARMS["hinge"], tmp_path, 0))
     assert settings.identity.lambda_id == 1.25
     assert settings.data.p_secondary == 0.3
-    assert settings.rollout.id_sigma_high == 0.45
+    assert settings.identity.id_margin == 0.1
 
 
 @pytest.mark.parametrize(

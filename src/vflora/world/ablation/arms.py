@@ -31,6 +31,10 @@ class Arm:
     place_bound: bool = False
 
 
+_UNGUIDED = ("--rollout_guidance_scale", "1")
+_BY_PLACE = ("--id_timestep_frac_low", "0.6", "--id_timestep_frac_high", "0.85")
+_NOTHING_BELOW = ("--harvest_below", "0")
+
 ARMS: dict[str, Arm] = {
     "base": Arm("base model", kind="none"),
     "frozen": Arm("stills as videos", kind="flow_matching", still=True),
@@ -41,19 +45,18 @@ ARMS: dict[str, Arm] = {
     "shuffled": Arm("recipe, references shuffled", flags=("--p_secondary", "1"), mixed=True),
     "identity_placed": Arm("identity only, place-bound", flags=("--lambda_distill", "0"), place_bound=True),
     "recipe_placed": Arm("the recipe, place-bound", place_bound=True),
-    "plain": Arm("without guidance", flags=("--rollout_guidance_scale", "1")),
-    "dense": Arm("every point of the rollout", flags=("--rollout_stride", "1")),
+    "bare": Arm("unguided, by place, nothing below", flags=(*_UNGUIDED, *_BY_PLACE, *_NOTHING_BELOW)),
+    "unguided": Arm("without guidance in rollouts", flags=_UNGUIDED),
+    "by_place": Arm("t_deep by place, not by sigma", flags=_BY_PLACE),
+    "nothing_below": Arm("nothing distilled below t_deep", flags=_NOTHING_BELOW),
+    "one_above": Arm("one distilled point above, not two", flags=("--harvest_count", "1")),
     "reuse": Arm("+ trajectory reuse 4", flags=("--trajectory_reuse", "4")),
-    "below": Arm("+ a distilled point below t_deep", flags=("--harvest_below", "1")),
-    "below_traded": Arm("one distilled point above, one below", flags=("--harvest_count", "1", "--harvest_below", "1")),
     "hinge": Arm("+ hinge 0.1", flags=("--id_margin", "0.1")),
-    "sigma": Arm("+ t_deep at sigma 0.15 to 0.45", flags=("--id_sigma_low", "0.15", "--id_sigma_high", "0.45")),
     "on_policy": Arm("+ on-policy identity points", flags=("--id_on_policy", "0.5")),
-    "secondary": Arm("+ another picture as anchor", flags=("--p_secondary", "0.5")),
 }
 """In the order of the table. `base` is what the others are compared with, `oracle` what they could at best become.
-Guidance asks the teacher twice, and the recipe at every second point of a rollout only: about as many passes as
-`plain`."""
+Guidance, t_deep by its noise level and a point below it became the recipe's own; `bare` is what was there before, and
+an arm that lacks one of them shows what it is good for."""
 
 
 def arm_named(name: str) -> Arm:

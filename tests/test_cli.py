@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from vflora.cli import COMMANDS, build_parser, config_groups, main, parse
+from vflora.cli import COMMANDS, build_parser, config_class_of, config_groups, main, parse
 
 FROZEN = Path(__file__).parent / "flags.json"
 REFERENCE = {
@@ -46,8 +46,7 @@ REFERENCE = {
 
 def defaults(command):
     values = {}
-    module = __import__(COMMANDS[command].module, fromlist=[COMMANDS[command].config])
-    for group in config_groups(getattr(module, COMMANDS[command].config)):
+    for group in config_groups(config_class_of(command)):
         for field in fields(group):
             default = field.default if field.default is not MISSING else None
             if field.default_factory is not MISSING:
@@ -62,6 +61,14 @@ def test_flags_of_the_reference_exist_with_their_defaults(command):
     assert {name: ours[name] for name in REFERENCE[command]} == REFERENCE[command]
 
 
+def test_help_and_refusals_of_everyday_commands_do_not_wait_for_diffusers():
+    everyday = ["data pack", "data check", "train-head", "train", "encode", "rollouts", "generate", "compare", "watch"]
+    code = f"import sys; from vflora.cli import config_class_of; [config_class_of(name) for name in {everyday}]; "
+    code += "print({'diffusers', 'transformers', 'peft'} & sys.modules.keys())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "set()\n"
+
+
 def test_no_flag_appears_disappears_or_changes_its_default_unnoticed():
     # After a change on purpose: write `found` to flags.json, and say so in the changelog.
     found = {command: {name: str(value) for name, value in defaults(command).items()} for command in sorted(COMMANDS)}
@@ -74,8 +81,7 @@ def test_every_command_has_help_with_a_sentence_for_every_flag(command, capsys):
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    module = __import__(COMMANDS[command].module, fromlist=[COMMANDS[command].config])
-    groups = config_groups(getattr(module, COMMANDS[command].config))
+    groups = config_groups(config_class_of(command))
     for name in (name for group in groups for name in get_type_hints(group)):
         assert f"--{name}" in shown
     parser = build_parser(command, groups)

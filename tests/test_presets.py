@@ -7,7 +7,7 @@ import yaml
 
 from vflora.cli import parse
 from vflora.errors import UserError
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 from vflora.train import run
 
 BENCH = ["--size", "small"]

@@ -11,7 +11,7 @@ from vflora.bench.setting import BenchConfig
 from vflora.bench.step import BenchStepSettings
 from vflora.cli import parse
 from vflora.errors import UserError
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 from vflora.profiling import StepTracer, parse_steps
 from vflora.step_clock import PARTS
 from vflora.train import run

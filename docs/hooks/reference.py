@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from vflora.cli import COMMANDS, build_parser, config_groups
+from vflora.cli import COMMANDS, build_parser, config_class_of, config_groups
 
 PLACE = "<!-- every command and its flags -->"
 _NOT_OURS = {"help", "config", "print_config"}
@@ -23,7 +22,7 @@ def on_page_markdown(markdown: str, **_options: Any) -> str:
 def reference() -> Iterator[str]:
     """Yields the lines of the reference: a section for each command, a table for each group of flags."""
     for name, command in COMMANDS.items():
-        groups = config_groups(getattr(importlib.import_module(command.module), command.config))
+        groups = config_groups(config_class_of(name))
         yield from (f"## vflora {name}", "", _sentence(command.summary), "")
         if command.positionals:
             first = ", ".join(f"`--{flag}`" for flag in command.positionals)

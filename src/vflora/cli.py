@@ -29,27 +29,49 @@ class Command:
 
     Attributes:
         summary: one line for the overview.
-        module: where its code is; imported only when the command is called.
-        config: name of its configuration there: a dataclass of flags, or a dataclass of such dataclasses.
+        module: where its code is; imported only when the command runs.
+        config: name of its configuration: a dataclass of flags, or a dataclass of such dataclasses.
         positionals: flags that may be given without their name, in order.
+        config_module: where the configuration is, if not in `module`: where that needs seconds to be imported, help and
+            refusals do not wait for them.
     """
 
     summary: str
     module: str
     config: str
     positionals: tuple[str, ...] = ()
+    config_module: str = ""
 
 
 COMMANDS: dict[str, Command] = {
     "data pack": Command("pictures -> shards and manifests", "vflora.data.pack", "PackConfig", ("images",)),
     "data check": Command("list everything wrong with a data set", "vflora.data.check", "CheckConfig", ("wds_root",)),
-    "train-head": Command("train the identity head on DINOv3", "vflora.train_head", "HeadConfig"),
-    "train": Command("train the LoRA: the recipe", "vflora.train", "TrainSettings"),
-    "encode": Command("the prompts and pictures of a training, encoded ahead", "vflora.encode", "EncodeSettings"),
-    "rollouts": Command("the teacher's part of a training, made ahead", "vflora.rollouts", "RolloutsSettings"),
-    "generate": Command("picture and prompt -> video", "vflora.generate", "GenerateConfig"),
+    "train-head": Command(
+        "train the identity head on DINOv3", "vflora.train_head", "HeadConfig", config_module="vflora.head.config"
+    ),
+    "train": Command("train the LoRA: the recipe", "vflora.train", "TrainSettings", config_module="vflora.settings"),
+    "encode": Command(
+        "the prompts and pictures of a training, encoded ahead",
+        "vflora.encode",
+        "EncodeSettings",
+        config_module="vflora.settings",
+    ),
+    "rollouts": Command(
+        "the teacher's part of a training, made ahead",
+        "vflora.rollouts",
+        "RolloutsSettings",
+        config_module="vflora.settings",
+    ),
+    "generate": Command(
+        "picture and prompt -> video", "vflora.generate", "GenerateConfig", config_module="vflora.generate_config"
+    ),
     "export": Command("checkpoint -> adapter file", "vflora.export", "ExportConfig"),
-    "compare": Command("base and LoRA side by side, as one page", "vflora.compare", "CompareConfig"),
+    "compare": Command(
+        "base and LoRA side by side, as one page",
+        "vflora.compare",
+        "CompareConfig",
+        config_module="vflora.compare_config",
+    ),
     "watch": Command("the growing page of a run, in your browser", "vflora.watch.server", "WatchConfig", ("run_dir",)),
     "demo": Command("all of it on small models, in minutes", "vflora.demo", "DemoConfig"),
     "convert-lora": Command(
@@ -149,21 +171,18 @@ def run_command(name: str, arguments: Sequence[str]) -> int | None:
         UserError: for settings or input that the command refuses.
         SystemExit: with code 2 for flags that cannot be parsed, 0 after --help.
     """
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
     config = parse(name, arguments)
-    result = module.run(config)
+    result = importlib.import_module(COMMANDS[name].module).run(config)
     return result if isinstance(result, int) else None
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:
     """Returns the configuration of a command for the given flags."""
-    command = COMMANDS[name]
-    config_class = getattr(importlib.import_module(command.module), command.config)
+    config_class = config_class_of(name)
     groups = config_groups(config_class)
     parser = build_parser(name, groups)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    given = set_aside(normalise(arguments, groups, command.positionals), groups)
+    given = set_aside(normalise(arguments, groups, COMMANDS[name].positionals), groups)
     complete = expand_mode_for(processes, given, groups)
     try:
         values = parser.parse_args(complete)
@@ -171,6 +190,12 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         raise UserError(f"{explain(str(error), groups)} (`vflora {name} --help` lists the flags).") from error
     built = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups]
     return built[0] if groups == [config_class] else config_class(*built)
+
+
+def config_class_of(name: str) -> type:
+    """Returns the configuration of a command."""
+    command = COMMANDS[name]
+    return getattr(importlib.import_module(command.config_module or command.module), command.config)
 
 
 def config_groups(config_class: type) -> list[type]:

@@ -320,6 +320,19 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
+class StorageConfig:
+    """How trajectories are kept; a folder that was begun goes on as it was."""
+
+    trajectory_dtype: Precision = "fp32"
+    """fp32 keeps every bit; bf16 takes half the disk and rounds what the student sees and learns."""
+    rollouts_per_shard: int = 64
+    """Rollouts in one tar file, fewer where not every process would get one; a killed process loses at most these."""
+
+    def __post_init__(self) -> None:
+        require(self.rollouts_per_shard >= 1, "--rollouts_per_shard must be at least 1.")
+
+
+@dataclass(frozen=True)
 class AheadConfig:
     """For which training something is made ahead."""
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
 from vflora.clips import Clips, as_sampled
-from vflora.config import AheadConfig
 from vflora.data.pipeline import Place, TrainLoader
 from vflora.data.schema import DataSet
 from vflora.distributed.processes import claim_device
@@ -25,7 +23,7 @@ from vflora.models.conditions import ConditionEncoder
 from vflora.models.loading import ENCODERS, require_pipeline
 from vflora.prompts import prompt_maker
 from vflora.run_folder import require_writable
-from vflora.settings import TrainSettings
+from vflora.settings import EncodeSettings, TrainSettings
 from vflora.stopping import stop_requests
 from vflora.teacher_source import PromptMaker, asked_by, drawn_prompts, drawn_together
 from vflora.training_setup import asked_besides
@@ -33,13 +31,6 @@ from vflora.trajectories.folder import condition_folder
 from vflora.trajectories.plan import Plan
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EncodeSettings(TrainSettings):
-    """Every flag of `vflora train`, so that one line serves both, and which training it will be."""
-
-    ahead: AheadConfig
 
 
 def run(settings: EncodeSettings) -> Path:

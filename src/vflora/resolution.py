@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-
-from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import AutoencoderKLHunyuanVideo15
-from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+from typing import TYPE_CHECKING
 
 from vflora.config import require
 from vflora.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import AutoencoderKLHunyuanVideo15
 
 TARGET_SIZES = {"480p": 640, "720p": 960}
 """What the model calls these resolutions: the side of a square of as many pixels."""
@@ -26,6 +27,9 @@ def clip_size(target: str, image_size: tuple[int, int], divisor: int) -> tuple[i
         UserError: if the target is none of these or does not divide.
     """
     if target in TARGET_SIZES:
+        # Seconds, and whoever only reads the help of `vflora data pack` would wait for them.
+        from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+
         processor = HunyuanVideo15ImageProcessor(vae_scale_factor=divisor)
         height, width = image_size
         return processor.calculate_default_height_width(height, width, target_size=TARGET_SIZES[target])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from vflora.atomic import require_space, write_or_refuse
 from vflora.clips import as_sampled, noise_levels
-from vflora.config import TORCH_DTYPES, AheadConfig, Precision, require
+from vflora.config import TORCH_DTYPES, require
 from vflora.data.schema import DataSet
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.folder_lock import held
 from vflora.run_folder import require_writable
-from vflora.settings import TrainSettings
+from vflora.settings import RolloutsSettings, TrainSettings
 from vflora.stopping import stop_requests
 from vflora.trajectories.folder import Manifest, begin, read_manifest, shard_folder
 from vflora.trajectories.plan import Plan, gaps, shares
@@ -34,27 +34,6 @@ from vflora.trajectories.teacher import Guide
 logger = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class StorageConfig:
-    """How trajectories are kept; a folder that was begun goes on as it was."""
-
-    trajectory_dtype: Precision = "fp32"
-    """fp32 keeps every bit; bf16 takes half the disk and rounds what the student sees and learns."""
-    rollouts_per_shard: int = 64
-    """Rollouts in one tar file, fewer where not every process would get one; a killed process loses at most these."""
-
-    def __post_init__(self) -> None:
-        require(self.rollouts_per_shard >= 1, "--rollouts_per_shard must be at least 1.")
-
-
-@dataclass(frozen=True)
-class RolloutsSettings(TrainSettings):
-    """Every flag of `vflora train`, so that one line serves both, and how to keep the trajectories."""
-
-    storage: StorageConfig
-    ahead: AheadConfig
 
 
 def run(settings: RolloutsSettings) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from vflora.config import (
+    AheadConfig,
     DistributedConfig,
     IdentityConfig,
     LoraConfig,
@@ -17,11 +18,12 @@ from vflora.config import (
     PromptConfig,
     RolloutConfig,
     RunConfig,
+    StorageConfig,
     ValidationConfig,
 )
 from vflora.data.config import DataConfig
 from vflora.errors import UserError
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,21 @@ class TrainSettings:
     def yaml(self) -> str:
         """Returns the settings as a file that `--config` takes."""
         return yaml.safe_dump(self.flat(), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class EncodeSettings(TrainSettings):
+    """Every flag of `vflora train`, so that one line serves both, and which training it will be."""
+
+    ahead: AheadConfig
+
+
+@dataclass(frozen=True)
+class RolloutsSettings(TrainSettings):
+    """Every flag of `vflora train`, so that one line serves both, and how to keep the trajectories."""
+
+    storage: StorageConfig
+    ahead: AheadConfig
 
 
 def flat_settings(*configs: Any) -> dict[str, Any]:

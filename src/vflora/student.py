@@ -17,7 +17,8 @@ from vflora.errors import UserError
 from vflora.models.denoiser import Denoiser
 from vflora.models.loading import open_transformer
 from vflora.models.lora import ADAPTER, add_lora
-from vflora.models.speed import Acceleration, SpeedConfig, accelerate
+from vflora.models.speed import Acceleration, accelerate
+from vflora.models.speed_config import SpeedConfig
 from vflora.models.streamed_weights import fill
 from vflora.random_streams import keyed_noise
 from vflora.settings import TrainSettings

@@ -11,7 +11,7 @@ from vflora.bench.ratio import BenchRatioConfig
 from vflora.bench.setting import BenchConfig, build_setting
 from vflora.bench.step import BenchStepSettings
 from vflora.errors import UserError
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 from vflora.step_clock import StepClock
 
 SMALL = {"size": "small", "resolution": "32x32", "frames": 5, "dtype": "fp32", "device": "cpu"}

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vflora.data.augment import AugmentConfig, VaeRoundTrip, augment, for_validation, gaussian_blur, to_input
+from vflora.data.augment import VaeRoundTrip, augment, for_validation, gaussian_blur, to_input
+from vflora.data.config import AugmentConfig
 from vflora.errors import UserError
 from vflora.models.random_weights import small_vae
 from vflora.random_streams import keyed_generator, keyed_noise

@@ -8,7 +8,7 @@ import pytest
 from vflora.bench.parallel import BenchParallelSettings, ParallelConfig, run
 from vflora.bench.setting import BenchConfig
 from vflora.errors import UserError
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 
 SMALL = {"size": "small", "resolution": "32x32", "frames": 5, "dtype": "fp32", "device": "cpu", "steps": 1}
 

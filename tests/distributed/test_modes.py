@@ -9,7 +9,7 @@ import torch
 from vflora.cli import parse
 from vflora.distributed.processes import World
 from vflora.errors import UserError
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 from vflora.student import build_student, require_shareable
 from vflora.train import run
 

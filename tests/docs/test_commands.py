@@ -1,6 +1,5 @@
 """Every command that the README and the site show is run, or read by the parser that it is meant for."""
 
-import importlib
 import re
 import shlex
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from click.testing import CliRunner
 from huggingface_hub.cli.hf import app as hf_app
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from vflora.cli import COMMANDS, build_parser, config_groups, main, parse
+from vflora.cli import COMMANDS, build_parser, config_class_of, config_groups, main, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
@@ -59,8 +58,7 @@ def split_name(words):
 
 @cache
 def flags_of(command):
-    module = importlib.import_module(COMMANDS[command].module)
-    groups = config_groups(getattr(module, COMMANDS[command].config))
+    groups = config_groups(config_class_of(command))
     return {action.dest for action in build_parser(command, groups)._actions}
 
 

@@ -1,7 +1,6 @@
 """The site builds, strictly, and what is generated is in it."""
 
 import html
-import importlib
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from typing import get_type_hints
 import pytest
 
 import vflora
-from vflora.cli import COMMANDS, config_groups
+from vflora.cli import COMMANDS, config_class_of, config_groups
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,8 +36,7 @@ def test_the_reference_has_every_flag_of_every_command(site):
     starts = {command: page.index(f"\nvflora {command}¶") for command in COMMANDS}
     for command, start in starts.items():
         part = page[start : min((other for other in starts.values() if other > start), default=len(page))]
-        module = importlib.import_module(COMMANDS[command].module)
-        for group in config_groups(getattr(module, COMMANDS[command].config)):
+        for group in config_groups(config_class_of(command)):
             missing = [name for name in get_type_hints(group) if f"--{name}\n" not in part]
             assert missing == [], command
 

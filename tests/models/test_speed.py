@@ -12,7 +12,8 @@ from vflora.models.lora import add_lora
 from vflora.models.precision import FrozenLinear
 from vflora.models.random_weights import randomise_lora, small_transformer
 from vflora.models.recompute import BlockRecompute
-from vflora.models.speed import SpeedConfig, accelerate, compile_blocks
+from vflora.models.speed import accelerate, compile_blocks
+from vflora.models.speed_config import SpeedConfig
 
 CPU = torch.device("cpu")
 

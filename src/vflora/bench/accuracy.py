@@ -21,7 +21,7 @@ from vflora.config import require
 from vflora.devices import limit_memory, torch_device
 from vflora.learning import learn
 from vflora.models.random_weights import randomise_lora
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 from vflora.random_streams import keyed_noise
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock

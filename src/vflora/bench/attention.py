@@ -20,7 +20,8 @@ from tqdm import tqdm
 from vflora.bench.step import device_name
 from vflora.config import TORCH_DTYPES, Precision, require
 from vflora.devices import torch_device
-from vflora.models.attention_choice import BACKENDS, AttentionKernel, attend, attention_errors, attention_inputs
+from vflora.models.attention_choice import BACKENDS, attend, attention_errors, attention_inputs
+from vflora.models.speed_config import AttentionKernel
 
 KERNELS = get_args(AttentionKernel)
 

@@ -29,7 +29,7 @@ from vflora.bench.step import device_name, measure
 from vflora.config import require
 from vflora.devices import torch_device
 from vflora.distributed.processes import ALONE, World, joined
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 from vflora.student import require_shareable
 
 logger = logging.getLogger(__name__)

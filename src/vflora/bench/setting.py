@@ -41,7 +41,8 @@ from vflora.models.denoiser import Denoiser
 from vflora.models.fast_teacher import harvested_sigmas
 from vflora.models.lora import add_lora
 from vflora.models.roles import Student
-from vflora.models.speed import Acceleration, SpeedConfig, accelerate, accelerate_decoder
+from vflora.models.speed import Acceleration, accelerate, accelerate_decoder
+from vflora.models.speed_config import SpeedConfig
 from vflora.optimizer import LoraOptimizer
 from vflora.profiling import parse_steps
 from vflora.random_streams import keyed_generator

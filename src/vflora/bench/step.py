@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vflora.bench.setting import BenchConfig, Setting, build_setting
 from vflora.distributed.processes import ALONE, World
 from vflora.learning import learn
-from vflora.models.speed import SpeedConfig
+from vflora.models.speed_config import SpeedConfig
 from vflora.profiling import StepTracer
 from vflora.step_clock import StepClock
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vflora.atomic import replace_file
 from vflora.bench.setting import BenchConfig
 from vflora.config import Precision, require
-from vflora.models.speed import Mode
+from vflora.models.speed_config import Mode
 
 CARDS_GIB = (12, 16, 24, 32, 48, 80)
 """Sizes of consumer and workstation cards."""

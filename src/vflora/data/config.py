@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vflora.config import require
 from vflora.errors import UserError
 
 
@@ -63,3 +64,48 @@ class DataConfig:
                 f"--augment_r {self.augment_r} with --augment_j {self.augment_j} leaves no crop: "
                 "keep 0 <= augment_j < augment_r <= 1."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images are changed."""
+
+    crop_ratio: float = 0.9
+    """Part of the long side that a crop keeps, on average; 1 with --crop_jitter 0 keeps everything."""
+
+    crop_jitter: float = 0.06
+    """How far that part wanders to either side, uniformly."""
+
+    augment_flip: float = 0.0
+    """Chance of a mirrored image; keep 0 where left and right tell characters apart."""
+
+    augment_vae: float = 0.3
+    """Chance of a trip through the video VAE with disturbed latents, where --vae_dir or --pipeline_dir is given."""
+
+    augment_vae_side: int = 256
+    """Short side of the image on that trip, in pixels: about what the identity loss decodes at half size."""
+
+    augment_downscale: float = 0.3
+    """Chance of shrinking and enlarging."""
+
+    augment_blur: float = 0.3
+    """Chance of a Gaussian blur."""
+
+    augment_noise: float = 0.3
+    """Chance of pixel noise."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: with the flag to change.
+        """
+        require(
+            self.crop_jitter >= 0 and 0 < self.crop_ratio - self.crop_jitter <= self.crop_ratio <= 1,
+            f"--crop_ratio {self.crop_ratio} with --crop_jitter {self.crop_jitter} leaves no crop: "
+            "keep 0 <= crop_jitter < crop_ratio <= 1.",
+        )
+        for name in ("flip", "vae", "downscale", "blur", "noise"):
+            chance = getattr(self, f"augment_{name}")
+            require(0 <= chance <= 1, f"--augment_{name} {chance} is no probability: use a number from 0 to 1.")
+        require(self.augment_vae_side >= 16, "--augment_vae_side must be at least 16 pixels.")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from vflora.config import require
-from vflora.data.augment import AugmentConfig
+from vflora.data.config import AugmentConfig
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FREE_TO_CHANGE = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from vflora.errors import UserError
+from vflora.models.speed_config import AttentionKernel
 from vflora.random_streams import keyed_generator
 
 logger = logging.getLogger(__name__)
 
-AttentionKernel = Literal["native", "flash", "cudnn", "efficient"]
 BACKENDS = {
     "native": None,
     "flash": AttentionBackendName._NATIVE_FLASH,

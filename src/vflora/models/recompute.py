@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15Transformer3DModel
@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vflora.devices import available_memory
+from vflora.models.speed_config import Recompute
 
 logger = logging.getLogger(__name__)
 
-Recompute = Literal["auto", "true", "false"]
 _MARGIN = 0.08
 """Part of the accelerator's memory that is left alone, for fragments and for longer prompts."""
 

@@ -9,7 +9,8 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from PIL import Image
 
 from vflora.errors import UserError
-from vflora.generate import GenerateConfig, run
+from vflora.generate import run
+from vflora.generate_config import GenerateConfig
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import from_transformer, write_lora
 from vflora.models.random_weights import randomise_lora, small_pipeline, small_text_to_video, small_transformer

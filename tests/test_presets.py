@@ -89,6 +89,24 @@ def test_a_place_for_the_deep_point_sets_its_noise_levels_aside_where_none_are_g
     assert (got.id_sigma_low, got.id_sigma_high) == band
 
 
+@pytest.mark.parametrize("config", ["id_timestep_frac_low: 0.5", '{"id_timestep_frac_low": 0.5}'])
+def test_settings_written_where_a_file_could_be_named_count_as_given(config):
+    got = parse("train", [*REQUIRED, "--config", config]).rollout
+    assert (got.id_timestep_frac_low, got.id_sigma_low, got.id_sigma_high) == (0.5, None, None)
+
+
+def test_flags_win_over_a_config_file_that_is_named_after_them(tmp_path):
+    file = tmp_path / "saved.yaml"
+    file.write_text("seed: 1\nlora_r: 8\n")
+    settings = parse("train", [*REQUIRED, "--seed", "7", "--config", str(file), "--id_margin=0.1"])
+    assert (settings.run.seed, settings.lora.lora_r, settings.identity.id_margin) == (7, 8, 0.1)
+
+
+def test_a_flag_that_is_not_written_whole_is_refused():
+    with pytest.raises(UserError, match="id_timestep_frac_hi"):
+        parse("train", [*REQUIRED, "--id_timestep_frac_hi", "0.9"])
+
+
 def test_an_unknown_mode_is_refused_with_those_there_are():
     with pytest.raises(UserError, match="exact.*fast.*low_memory"):
         speed("--mode", "quick")

@@ -147,6 +147,10 @@ def test_a_setting_that_had_no_flag_then_is_taken_as_it_was(train_flags, tmp_pat
     with pytest.raises(UserError, match="--harvest_below was 0 and is 1"):
         require_same({"seed": 1}, {"seed": 1, "harvest_below": 1}, tmp_path, verb="train")
     require_same({"seed": 1}, {"seed": 1, "harvest_below": 0}, tmp_path, verb="train")
+    by_level = {"id_sigma_low": 0.15, "id_sigma_high": 0.45}
+    with pytest.raises(UserError, match=r"--id_sigma_low was null and is 0\.15; --id_sigma_high was null and is 0\.45"):
+        require_same_recipe({}, by_level, where=tmp_path)
+    require_same_recipe({}, dict.fromkeys(by_level), where=tmp_path)
 
 
 def test_a_cache_that_is_complete_spares_loading_the_text_encoder(train_flags, tmp_path, monkeypatch, losses):

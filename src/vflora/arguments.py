@@ -18,7 +18,7 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
 
     `-` and `_` in a flag's name are the same; a boolean takes true/false/1/0/yes/no/on/off, or nothing for true, and
     `--no-x` is `--x false`; a list takes its values one after the other, or words with commas between them;
-    positionals get their flag.
+    positionals get their flag; `--config` comes first, so that whatever is given besides wins over it.
 
     Args:
         arguments: what was typed.
@@ -58,7 +58,18 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
             result += [f"--{name}={value}"] if joined else [f"--{name}"]
             if not joined and words:
                 result.append(words.pop(0))
-    return result
+    return _configs_first(result)
+
+
+def _configs_first(words: list[str]) -> list[str]:
+    configs, others = [], []
+    while words:
+        word = words.pop(0)
+        place = configs if word.partition("=")[0] == "--config" else others
+        place.append(word)
+        if word == "--config" and words:
+            place.append(words.pop(0))
+    return [*configs, *others]
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -91,7 +102,7 @@ def _takes(kind: Any) -> str:
     if get_origin(kind) is typing.Literal:
         return ", ".join(map(str, get_args(kind)))
     if get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_takes(part) for part in get_args(kind) if part is not types.NoneType)
+        return " or ".join("null" if part is types.NoneType else _takes(part) for part in get_args(kind))
     if get_origin(kind) is list:
         return f"a list ({_takes(get_args(kind)[0])} each)"
     return _WORDS.get(kind, "text")

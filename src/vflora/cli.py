@@ -215,6 +215,7 @@ def build_parser(name: str, groups: list[type]) -> ArgumentParser:
         description=COMMANDS[name].summary,
         formatter_class=HelpText,
         exit_on_error=False,
+        allow_abbrev=False,  # what one flag says about others is read from whole names
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags win over it")
     for group in groups:

@@ -81,7 +81,10 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Size of the clips, the teacher's rollout, and where it is harvested."""
+    """Size of the clips, the teacher's rollout, and where it is harvested.
+
+    Noise levels win over places here; only where flags are read does a place that is given set them to None.
+    """
 
     train_target_resolution: str = "480p"
     """480p, 720p, or HEIGHTxWIDTH; the first two take the bucket of that size with the pictures' aspect ratio."""
@@ -92,14 +95,15 @@ class RolloutConfig:
     harvest_count: int = 2
     """Distilled points per step above the deep one, where identity is judged."""
     harvest_below: int = 1
-    """Distilled points per step below the deep one, where nothing else holds the student; rollouts go on to them."""
+    """Distilled points per step below the deep one, where nothing else holds the student; rollouts go on to them. Fewer
+    where the schedule ends before."""
     harvest_scheme: Literal["bracket", "random"] = "bracket"
     """bracket: near 50 % and 25 % of the schedule; random: anywhere above the deep point."""
     harvest_jitter_frac: float = 0.05
     """Jitter of bracketed points, as a fraction of the schedule."""
     id_timestep_frac_low: float = 0.6
-    """Choose the deep point by its place instead of its noise level: the earliest place, a fraction of the schedule. On
-    a command line, giving this or the next flag sets --id_sigma_low and --id_sigma_high aside."""
+    """Choose the deep point by its place instead of its noise level: the earliest place, a fraction of the schedule.
+    Given as a flag or in a --config file, this or the next one sets --id_sigma_low and --id_sigma_high aside."""
     id_timestep_frac_high: float = 0.85
     """The latest place of the deep point."""
     id_sigma_low: float | None = 0.15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -74,13 +75,13 @@ def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def saved_settings(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Returns the settings of `--config` files; one that cannot be read is left to the parser's complaint."""
+    """Returns the settings of `--config`, of files or YAML itself; the parser complains of what cannot be read."""
     values: dict[str, Any] = {}
     for name, config in flags:
-        if name != "config" or not Path(config).is_file():
+        if name != "config":
             continue
         try:
-            content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+            content = yaml.safe_load(Path(config).read_text(encoding="utf-8") if os.path.isfile(config) else config)
         except (yaml.YAMLError, UnicodeDecodeError):
             continue
         values |= content if isinstance(content, dict) else {}

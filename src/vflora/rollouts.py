@@ -48,7 +48,7 @@ def run(settings: RolloutsSettings) -> Path:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     claim_device(settings.model.torch_device(), size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
-    noise_levels(settings)  # a range that no level meets must not begin a folder
+    noise_levels(settings)  # a pipeline that is not there must not begin a folder
     settings = as_sampled(settings)
     require_writable(folder, "--trajectory_dir")
     with held(folder, "--trajectory_dir", rank=rank, size=size):

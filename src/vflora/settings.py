@@ -89,8 +89,13 @@ PLAIN: dict[str, Any] = {
     for group in get_type_hints(TrainSettings).values()
     for f in fields(group)
     if f.default is not MISSING
-} | {"harvest_below": 0}
+} | {"harvest_below": 0, "id_sigma_low": None, "id_sigma_high": None}
 """Every setting that has a default, with what was done before it had a flag: the default, or what that has replaced."""
+
+
+def written(value: object) -> str:
+    """Returns a value as a flag has it."""
+    return "null" if value is None else str(value)
 
 
 def require_same_recipe(saved: dict[str, Any], current: dict[str, Any], *, where: Path) -> None:
@@ -101,7 +106,7 @@ def require_same_recipe(saved: dict[str, Any], current: dict[str, Any], *, where
     """
     before = PLAIN | saved
     differing = [
-        f"--{name} was {before[name]} and is {value}"
+        f"--{name} was {written(before[name])} and is {written(value)}"
         for name, value in current.items()
         if name in before and name not in FREE_TO_CHANGE and before[name] != value
     ]

@@ -9,8 +9,8 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from vflora.head.config import HeadConfig
 from vflora.models.random_weights import small_dinov3_vit
-from vflora.train_head import HeadConfig
 
 SIZE = (32, 48)
 

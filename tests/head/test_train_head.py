@@ -17,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from vflora.cli import main, parse
 from vflora.errors import NonFiniteError, UserError
 from vflora.folder_lock import held
+from vflora.head.config import HeadConfig
 from vflora.models.identity import FrozenBackbone, IdentityEmbedder
 from vflora.models.projection_head import load_head
 from vflora.models.random_weights import small_dinov3_convnext, small_vae
 from vflora.settings import flat_settings
-from vflora.train_head import HeadConfig, run
+from vflora.train_head import run
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""Settings of the training data."""
+"""Settings of the training data, and of what is done to pictures for the identity head."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from vflora.errors import UserError
 from vflora.models.conditions import weights_fingerprint
 from vflora.models.loading import load_shift
 from vflora.models.original_layout import is_original_layout
-from vflora.settings import PLAIN, TrainSettings
+from vflora.settings import PLAIN, TrainSettings, written
 
 _DATA = ("metadata_key", "wds_shuffle_buf", "enable_augmentation", "augment_r", "augment_j")
 _SPEED = ("rollout_precision", "weight_storage")
@@ -92,7 +92,7 @@ def _difference(name: str, made: dict[str, Any], wanted: dict[str, Any]) -> str:
     if name in (DATA_SET, MODEL, PROMPTS):
         return f"{name} is another"
     shown = name if " " in name else f"--{name}"
-    return f"{shown} was {made.get(name)} and is {wanted.get(name)}"
+    return f"{shown} was {written(made.get(name))} and is {written(wanted.get(name))}"
 
 
 def model_digest(pipeline_dir: str, version: str) -> str:

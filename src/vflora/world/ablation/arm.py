@@ -32,7 +32,7 @@ class ArmConfig:
     """One arm."""
 
     arm: str
-    """Which: base, frozen, oracle, identity, distillation, recipe, or the recipe with an improvement."""
+    """Which: base, frozen, oracle, identity, distillation, recipe, or the recipe with something taken away or added."""
     seed: int = 0
     """Of everything random; arms of one seed are paired."""
 

@@ -55,8 +55,8 @@ ARMS: dict[str, Arm] = {
     "on_policy": Arm("+ on-policy identity points", flags=("--id_on_policy", "0.5")),
 }
 """In the order of the table. `base` is what the others are compared with, `oracle` what they could at best become.
-Guidance, t_deep by its noise level and a point below it became the recipe's own; `bare` is what was there before, and
-an arm that lacks one of them shows what it is good for."""
+Guidance, t_deep by its noise level and a point below it are the recipe's own; `bare` is the reference implementation's
+choice of points, and an arm that lacks one of the three shows what it is good for."""
 
 
 def arm_named(name: str) -> Arm:

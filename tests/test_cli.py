@@ -148,8 +148,8 @@ def test_an_unknown_command_is_told_with_code_2(capsys):
         ("batch_size", "many", "--batch_size many does not fit: it takes a whole number"),
         ("learning_rate", "nan", "--learning_rate nan does not fit: it takes a number"),
         ("harvest_scheme", "all", "--harvest_scheme all does not fit: it takes bracket, random"),
-        ("keep_checkpoints", "few", "--keep_checkpoints few does not fit: it takes a whole number"),
-        ("lora_target_modules", "[a", "--lora_target_modules [a does not fit: it takes a list (text each)"),
+        ("keep_checkpoints", "few", "--keep_checkpoints few does not fit: it takes a whole number or null"),
+        ("lora_target_modules", "[a", "--lora_target_modules [a does not fit: it takes a list (text each) or null"),
     ],
 )
 def test_a_value_of_another_kind_gets_one_line_that_says_what_fits(train_flags, capsys, flag, value, sentence):

@@ -46,5 +46,12 @@ def test_a_prompt_may_have_commas():
     assert normalise(["--words", "a fox runs, and jumps"], [Flags]) == ["--words", '["a fox runs, and jumps"]']
 
 
+@pytest.mark.parametrize("config", [["--config", "f.yaml"], ["--config=f.yaml"]])
+def test_a_config_file_is_no_positional_and_comes_first(config):
+    read = [*config, "--name", "here", "--rank", "2"]
+    assert normalise(["here", "--rank", "2", *config], [Flags], ("name",)) == read
+    assert normalise([*config, "here", "--rank", "2"], [Flags], ("name",)) == read
+
+
 def test_a_switch_before_a_positional_leaves_it_alone():
     assert normalise(["--deep", "here"], [Flags], ("name",)) == ["--deep", "true", "--name", "here"]

@@ -25,8 +25,10 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
         groups: the dataclasses of flags.
         positionals: flags whose name may be left out, in order.
     """
-    kinds = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
+    kinds: dict[str, Any] = {"config": str}
+    kinds |= {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
     words = list(arguments)
+    configs: list[str] = []
     result: list[str] = []
     open_positionals = list(positionals)
     while words:
@@ -55,21 +57,11 @@ def normalise(arguments: Sequence[str], groups: Sequence[type], positionals: Seq
                 values.append(words.pop(0))
             result += [f"--{name}", _list(values, kind)]
         else:
-            result += [f"--{name}={value}"] if joined else [f"--{name}"]
+            place = configs if name == "config" else result
+            place += [f"--{name}={value}"] if joined else [f"--{name}"]
             if not joined and words:
-                result.append(words.pop(0))
-    return _configs_first(result)
-
-
-def _configs_first(words: list[str]) -> list[str]:
-    configs, others = [], []
-    while words:
-        word = words.pop(0)
-        place = configs if word.partition("=")[0] == "--config" else others
-        place.append(word)
-        if word == "--config" and words:
-            place.append(words.pop(0))
-    return [*configs, *others]
+                place.append(words.pop(0))
+    return [*configs, *result]
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number"}

@@ -171,9 +171,17 @@ def run_command(name: str, arguments: Sequence[str]) -> int | None:
         UserError: for settings or input that the command refuses.
         SystemExit: with code 2 for flags that cannot be parsed, 0 after --help.
     """
-    config = parse(name, arguments)
-    result = importlib.import_module(COMMANDS[name].module).run(config)
+    result = execute(name, parse(name, arguments))
     return result if isinstance(result, int) else None
+
+
+def execute(name: str, config: Any) -> Any:
+    """Runs a command with its configuration, and returns what it made.
+
+    Raises:
+        UserError: for settings or input that the command refuses.
+    """
+    return importlib.import_module(COMMANDS[name].module).run(config)
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:

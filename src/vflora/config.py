@@ -148,10 +148,9 @@ class RolloutConfig:
         require(self.trajectory_reuse >= 1, "--trajectory_reuse must be at least 1.")
 
     @staticmethod
-    def sets_aside() -> dict[str, tuple[str, ...]]:
-        """Returns which flags a given one puts out of force, see `vflora.presets.set_aside`."""
-        levels = ("id_sigma_low", "id_sigma_high")
-        return {"id_timestep_frac_low": levels, "id_timestep_frac_high": levels}
+    def sets_aside() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Returns flags and what any of them puts out of force, see `vflora.presets.set_aside`."""
+        return [(("id_timestep_frac_low", "id_timestep_frac_high"), ("id_sigma_low", "id_sigma_high"))]
 
     @property
     def guidance_scale(self) -> float:

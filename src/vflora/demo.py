@@ -108,7 +108,7 @@ def run(config: DemoConfig) -> Path:
     # So few steps need a rate that a long training would not survive.
     flags += ["--learning_rate", "2.5e-3", "--lambda_id", "2.0", "--p_secondary", "0.5", "--num_workers", "0"]
     # By place and with nothing below, rollouts end sooner: a third of a step's time.
-    flags += ["--id_timestep_frac_low", "0.6", "--id_timestep_frac_high", "0.85", "--harvest_below", "0"]
+    flags += ["--id_sigma_low", "null", "--id_sigma_high", "null", "--harvest_below", "0"]
     # Exact, and half of the decoder's time; memory is no matter at 64 x 64.
     flags += ["--id_decode_recompute", "false"]
     flags += ["--seed", str(config.seed)]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from typing import Any
 
 from vflora import train
-from vflora.cli import COMMANDS, parse
+from vflora.cli import COMMANDS, execute, parse
 from vflora.config import Precision, require
 from vflora.devices import torch_device
 from vflora.errors import UserError
 from vflora.inference import load_with_adapters
+from vflora.presets import typed
 from vflora.sampling import Pipeline
 
 
@@ -31,18 +30,9 @@ def configure(command: str, **settings: Any) -> Any:
     """
     require(command in COMMANDS, f"There is no command {command!r}: use one of {', '.join(COMMANDS)}.")
     try:
-        return parse(command, [f"--{name}={_written(value)}" for name, value in settings.items()])
+        return parse(command, [f"--{name}={typed(value)}" for name, value in settings.items()])
     except SystemExit as stop:  # of the one flag that prints and ends
         raise UserError("There is nothing to print here: leave out print_config, the settings are returned.") from stop
-
-
-def _written(value: Any) -> str:
-    """Returns a value as the command line reads it."""
-    if isinstance(value, str | PathLike):
-        return fspath(value)
-    if isinstance(value, Sequence):
-        return json.dumps([fspath(item) if isinstance(item, PathLike) else item for item in value])
-    return json.dumps(value)
 
 
 def run(command: str, **settings: Any) -> Any:
@@ -60,7 +50,7 @@ def run(command: str, **settings: Any) -> Any:
         UserError: for settings or input that the command refuses.
     """
     config = configure(command, **settings)
-    return importlib.import_module(COMMANDS[command].module).run(config)
+    return execute(command, config)
 
 
 @contextmanager

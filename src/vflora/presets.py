@@ -39,15 +39,16 @@ def expand_mode(arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
         for name, value in asdict(presets[chosen]).items():
             given = name in names or (name in saved and not (name in old and saved[name] == old[name]))
             if name != MODE and not given:
-                added.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+                added.append(f"--{name}={typed(value)}")
     return [*arguments, *added]
 
 
 def set_aside(arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
     """Adds `--NAME=null` for flags that another one, which was given, puts out of force.
 
-    A group of flags has a static method `sets_aside()` for that: for a flag, the others. They stay in force where
-    they were given as well: on the command line, or in the `--config` file that gives the flag itself.
+    A group of flags has a static method `sets_aside()` for that, which returns pairs: flags, and those that any of them
+    puts out of force. These stay in force where they were given as well: on the command line, or in the `--config`
+    file that gives the flag itself.
 
     Args:
         arguments: as `vflora.arguments.normalise` returns them.
@@ -55,14 +56,21 @@ def set_aside(arguments: Sequence[str], groups: Sequence[type]) -> list[str]:
     """
     flags = list(flag_values(arguments))
     names = {name for name, _ in flags}
-    saved = names | saved_settings(flags).keys()
-    pairs = [pair for group in groups if hasattr(group, "sets_aside") for pair in group.sets_aside().items()]
-    added = []
-    for name, others in pairs:
-        given = names if name in names else saved
-        if name in given and given.isdisjoint(others):
+    added: list[str] = []
+    for chosen, others in (pair for group in groups if hasattr(group, "sets_aside") for pair in group.sets_aside()):
+        given = names if names.intersection(chosen) else names | saved_settings(flags).keys()
+        if given.intersection(chosen) and given.isdisjoint(others):
             added += [f"--{other}=null" for other in others]
-    return [*arguments, *dict.fromkeys(added)]
+    return [*arguments, *added]
+
+
+def typed(value: Any) -> str:
+    """Returns a value as it is typed after its flag: a path or a word as it is, the rest as JSON."""
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Sequence):
+        return json.dumps([os.fspath(item) if isinstance(item, os.PathLike) else item for item in value])
+    return json.dumps(value)
 
 
 def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

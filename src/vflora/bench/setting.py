@@ -103,7 +103,6 @@ class BenchConfig:
         require_frames("frames", self.frames)
         require(self.steps >= 1, "--steps must be at least 1.")
         require(self.batch_size >= 1, "--batch_size must be at least 1.")
-        require(self.harvest_below >= 0, "--harvest_below must not be negative.")
         require(0 <= self.id_timestep_frac < 1, "--id_timestep_frac is a place of the schedule: it lies in [0, 1).")
         require(
             0 <= self.prompt_spread < self.prompt_tokens,

@@ -57,13 +57,8 @@ class DataConfig:
         for name in ("wds_shuffle_buf", "num_workers", "secondary_cache_max_size", "max_bad_samples"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)} is negative: use 0 or more.")
-        if not 0.0 <= self.p_secondary <= 1.0:
-            raise UserError(f"--p_secondary {self.p_secondary} is no probability: use a number from 0 to 1.")
-        if self.augment_j < 0.0 or not 0.0 < self.augment_r - self.augment_j <= self.augment_r <= 1.0:
-            raise UserError(
-                f"--augment_r {self.augment_r} with --augment_j {self.augment_j} leaves no crop: "
-                "keep 0 <= augment_j < augment_r <= 1."
-            )
+        _require_probability(self, "p_secondary")
+        _require_crop(self, ratio="augment_r", jitter="augment_j")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +95,21 @@ class AugmentConfig:
         Raises:
             UserError: with the flag to change.
         """
-        require(
-            self.crop_jitter >= 0 and 0 < self.crop_ratio - self.crop_jitter <= self.crop_ratio <= 1,
-            f"--crop_ratio {self.crop_ratio} with --crop_jitter {self.crop_jitter} leaves no crop: "
-            "keep 0 <= crop_jitter < crop_ratio <= 1.",
-        )
+        _require_crop(self, ratio="crop_ratio", jitter="crop_jitter")
         for name in ("flip", "vae", "downscale", "blur", "noise"):
-            chance = getattr(self, f"augment_{name}")
-            require(0 <= chance <= 1, f"--augment_{name} {chance} is no probability: use a number from 0 to 1.")
+            _require_probability(self, f"augment_{name}")
         require(self.augment_vae_side >= 16, "--augment_vae_side must be at least 16 pixels.")
+
+
+def _require_probability(config: object, name: str) -> None:
+    chance = getattr(config, name)
+    require(0 <= chance <= 1, f"--{name} {chance} is no probability: use a number from 0 to 1.")
+
+
+def _require_crop(config: object, *, ratio: str, jitter: str) -> None:
+    """Refuses crops that could keep nothing, or more than there is."""
+    part, wander = getattr(config, ratio), getattr(config, jitter)
+    require(
+        wander >= 0 and 0 < part - wander <= part <= 1,
+        f"--{ratio} {part} with --{jitter} {wander} leaves no crop: keep 0 <= {jitter} < {ratio} <= 1.",
+    )

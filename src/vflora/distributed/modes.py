@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from vflora.presets import MODE, expand_mode, flag_values, saved_settings
+from vflora.presets import MODE, expand_mode, flag_values, saved_settings, typed
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +33,17 @@ def expand_mode_for(processes: int, arguments: Sequence[str], groups: Sequence[t
     if processes == 1 or not of_mode or not spread:
         return expanded
     presets = [group() for group in groups if hasattr(group, "presets")]
-    plain = {name: _text(value) for preset in presets for name, value in asdict(preset).items()}
-    typed = dict(flag_values(arguments))
-    settings = saved_settings(flag_values(arguments)) | typed
+    plain = {name: typed(value) for preset in presets for name, value in asdict(preset).items()}
+    given = dict(flag_values(arguments))
+    settings = saved_settings(flag_values(arguments)) | given
     # Trajectories on the disk were rolled out elsewhere: how, is no matter of these processes.
     inert = "rollout_" if settings.get("trajectory_dir") else "-"
     wanted = [name for name in WHOLE_BASE if of_mode.get(name, plain[name]) != plain[name]]
     needed = [name for name in wanted if not name.startswith(inert)]
     if not needed:
         return expanded
-    if typed.get("enable_fsdp") != "true":
+    if given.get("enable_fsdp") != "true":
         return [*expanded, "--enable_fsdp=false"]
     said = ", ".join(f"--{name}" for name in needed)
     logger.info("--mode %s on %d processes leaves out what they cannot have: %s", settings[MODE], processes, said)
     return [*expanded, *(f"--{name}={plain[name]}" for name in needed)]
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

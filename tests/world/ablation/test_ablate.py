@@ -71,8 +71,6 @@ def test_every_recipe_arm_is_a_command_line_that_training_accepts(tmp_path):
             differing = {key for key in settings if settings[key] != plain[key]}
             assert bool(differing) == (name != "recipe")
             asked = {flag[2:] for flag in chosen.flags if flag.startswith("--")} | {"wds_root"}
-            if "id_timestep_frac_low" in asked:
-                asked |= {"id_sigma_low", "id_sigma_high"}
             assert differing <= asked | ({"dino_model_dir", "dino_head_path"} if chosen.place_bound else set())
 
 

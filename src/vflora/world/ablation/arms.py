@@ -32,7 +32,7 @@ class Arm:
 
 
 _UNGUIDED = ("--rollout_guidance_scale", "1")
-_BY_PLACE = ("--id_timestep_frac_low", "0.6", "--id_timestep_frac_high", "0.85")
+_BY_PLACE = ("--id_sigma_low", "null", "--id_sigma_high", "null")
 _NOTHING_BELOW = ("--harvest_below", "0")
 
 ARMS: dict[str, Arm] = {

@@ -25,12 +25,15 @@ from vflora.models.speed_config import SpeedConfig
 from vflora.random_streams import keyed_noise
 from vflora.settings import TrainSettings
 from vflora.step_clock import StepClock
+from vflora.teacher_source import Lesson
 from vflora.training_setup import Training, set_up
 
 logger = logging.getLogger(__name__)
 
 _LORA_B_STD = 0.01  # a LoRA in the middle of its training: its layers' outputs are moved by about 2 %
 _PROBE_SIGMA = 0.7
+_WEIGHTS = {"distillation": "lambda_distill", "identity": "lambda_id"}
+"""Parts of the loss, and the setting that weighs each."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,12 @@ class Outcome:
     Attributes:
         velocity: the teacher's, at a fixed input, in the precision of rollouts.
         state: x_t at the last point of the rollout.
-        gradient: of the LoRA, all of it in one vector.
+        gradients: of the LoRA, each in one vector: of those parts of the loss that have a weight, and of the whole.
     """
 
     velocity: Tensor
     state: Tensor
-    gradient: Tensor
+    gradients: dict[str, Tensor]
 
 
 def run(settings: BenchAccuracySettings) -> None:
@@ -126,13 +129,17 @@ def run(settings: BenchAccuracySettings) -> None:
 
 
 def compare(outcome: Outcome, exact: Outcome) -> dict[str, float]:
-    """Returns relative errors of velocity and state, and the cosine and relative error of the gradient."""
-    return {
+    """Returns relative errors of velocity and state, and cosine and relative error of the gradient and its parts."""
+    found = {
         "velocity_error": relative_error(outcome.velocity, exact.velocity),
         "state_error": relative_error(outcome.state, exact.state),
-        "gradient_cosine": torch.cosine_similarity(outcome.gradient, exact.gradient, dim=0).item(),
-        "gradient_error": relative_error(outcome.gradient, exact.gradient),
     }
+    for part, expected in exact.gradients.items():
+        gradient = outcome.gradients[part]
+        name = "gradient" if part == "whole" else f"{part}_gradient"
+        found[f"{name}_cosine"] = torch.cosine_similarity(gradient, expected, dim=0).item()
+        found[f"{name}_error"] = relative_error(gradient, expected)
+    return found
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -140,15 +147,18 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value - expected).norm() / expected.norm()).item()
 
 
-HEADER = f"{'':<46}{'velocity':>10}{'state':>10}{'gradient cosine':>17}{'gradient':>10}"
+HEADER = (
+    f"{'':<46}{'relative error of':<20}{'cosine of the gradient':>33}\n"
+    f"{'':<46}{'velocity':>10}{'state':>10}{'whole':>11}{'distillation':>14}{'identity':>11}"
+)
 
 
 def line(row: dict[str, Any]) -> str:
     """Formats one row of the table."""
-    return (
-        f"{row['name']:<46}{row['velocity_error']:>10.1e}{row['state_error']:>10.1e}"
-        f"{row['gradient_cosine']:>17.6f}{row['gradient_error']:>10.1e}"
-    )
+    cosines = [row.get(f"{part}gradient_cosine") for part in ("", "distillation_", "identity_")]
+    whole, distillation, identity = ("-" if cosine is None else f"{cosine:.6f}" for cosine in cosines)
+    errors = f"{row['velocity_error']:>10.1e}{row['state_error']:>10.1e}"
+    return f"{row['name']:<46}{errors}{whole:>11}{distillation:>14}{identity:>11}"
 
 
 def _recorded(path: Path | None, config: BenchConfig, nowhere: Path) -> BenchConfig | TrainSettings:
@@ -158,6 +168,7 @@ def _recorded(path: Path | None, config: BenchConfig, nowhere: Path) -> BenchCon
     require(path.is_file(), f"--train_config {path} is no file: name the config.yaml of a checkpoint.")
     flags = ["--config", str(path), "--output_dir", str(nowhere), "--logger", "none", "--resume_from_checkpoint", ""]
     flags += ["--gradient_accumulation_steps", "1", "--num_workers", "0", "--enable_validation", "false"]
+    flags += ["--lambda_id_schedule", "constant"]  # its first step would have no identity loss
     if config.card_gib is not None:
         limit_memory(torch_device(config.device), config.card_gib)
     return parse("train", [*flags, "--device", config.device])
@@ -180,11 +191,25 @@ def _outcome(source: BenchConfig | TrainSettings, variant: Variant) -> Outcome:
     latents = keyed_noise(tuple(lesson.trajectory.latents.shape[1:]), "probe").to(setting.device)
     with setting.acceleration.switch.turned_on(), setting.denoiser.teacher():
         velocity = setting.denoiser.velocity(latents, _PROBE_SIGMA, lesson.conditions)
-    learn(setting, lesson, 0, 0, clock)
-    gradient = torch.cat([g.flatten() for g in setting.optimizer.gradients()])
-    outcome = Outcome(velocity.cpu(), lesson.trajectory.latents[-1].cpu(), gradient.double().cpu())
+    gradients = _gradients(setting, lesson, clock)
+    outcome = Outcome(velocity.cpu(), lesson.trajectory.latents[-1].cpu(), gradients)
     del setting, lesson, clock
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return outcome
+
+
+def _gradients(setting: Setting | Training, lesson: Lesson, clock: StepClock) -> dict[str, Tensor]:
+    """Returns the LoRA's gradients, fp64, on the CPU: of each part of the loss alone, and their sum, the whole."""
+    weights = setting.settings.identity
+    gradients = {}
+    for part, flag in _WEIGHTS.items():
+        if getattr(weights, flag) == 0:
+            continue
+        alone = replace(weights, **{other: 0.0 for other in _WEIGHTS.values() if other != flag})
+        learn(replace(setting, settings=replace(setting.settings, identity=alone)), lesson, 0, 0, clock)
+        gradients[part] = torch.cat([g.flatten() for g in setting.optimizer.gradients()]).double().cpu()
+        for parameter in setting.denoiser.lora_parameters().values():
+            parameter.grad = None
+    return gradients | {"whole": torch.stack(list(gradients.values())).sum(0)}

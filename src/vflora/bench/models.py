@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -30,11 +31,7 @@ def build_transformer(size: str, dtype: torch.dtype) -> HunyuanVideo15Transforme
 
 def build_vae(size: str, dtype: torch.dtype, device: torch.device) -> AutoencoderKLHunyuanVideo15:
     """Builds a frozen VAE on `device`; `real` is the 1.26 B of HunyuanVideo-1.5's."""
-    if size == "small":
-        vae = small_vae()
-    else:
-        with device:
-            vae = AutoencoderKLHunyuanVideo15()
+    vae = small_vae() if size == "small" else drawn(AutoencoderKLHunyuanVideo15, device)
     return _moved(vae, device, dtype).eval().requires_grad_(False)
 
 
@@ -50,12 +47,18 @@ def build_embedder(size: str, dtype: torch.dtype, device: torch.device) -> Ident
             num_attention_heads=16,
             num_register_tokens=4,
         )
-        with device:
-            model = DINOv3ViTModel(config)
+        model = drawn(lambda: DINOv3ViTModel(config), device)
         pixels, dims = 224, (512, 256)
     backbone = FrozenBackbone(_moved(model, device, dtype), Preprocessing((pixels, pixels)), "of random weights")
     head = new_head(HeadSpec(backbone.width, dims), keyed_generator("head"))
     return IdentityEmbedder(backbone, head.to(device))
+
+
+def drawn(build: Callable[[], M], device: torch.device) -> M:
+    """Builds on `device`, where drawing is quick; the same weights every time, so that two steps can be compared."""
+    torch.manual_seed(0)
+    with device:
+        return build()
 
 
 def _moved(model: M, *where: Any) -> M:

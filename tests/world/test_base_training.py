@@ -46,6 +46,7 @@ def test_replayed_errors_and_gradients_are_the_plain_ones(transformer):
             loss.mean().backward()
             gradients = {name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}
             found.append((loss.detach().clone(), gradients))
+            del loss
         torch.testing.assert_close(found[1][0], found[0][0])
         assert found[1][1].keys() == found[0][1].keys()
         for name, gradient in found[0][1].items():

@@ -7,6 +7,7 @@ channels. Every tenth batch has no prompt, for classifier-free guidance.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -168,12 +169,18 @@ class ReplayedFlowErrors:
         self._graphs: dict[torch.Size, Callable[..., Tensor]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """As `FlowErrors`; whatever is new for a length of prompt is compiled and recorded at its first call."""
+        """As `FlowErrors`; whatever is new for a length of prompt is compiled and recorded at its first call.
+
+        No autograd graph of the weights may be alive then: it ties them to its stream, and recording is on another.
+        """
         key = inputs[3].shape
         if key not in self._graphs:
-            self._graphs[key] = torch.cuda.make_graphed_callables(
-                FlowErrors(self._transformer), inputs, allow_unused_input=True, pool=self._pool
-            )
+            with warnings.catch_warnings():
+                # PyTorch's own warm-up keeps its autograd graph until it has recorded, on another stream: one wait.
+                warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+                self._graphs[key] = torch.cuda.make_graphed_callables(
+                    FlowErrors(self._transformer), inputs, allow_unused_input=True, pool=self._pool
+                )
         return self._graphs[key](*inputs)
 
 

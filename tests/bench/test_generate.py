@@ -24,6 +24,8 @@ def test_without_guidance_every_pass_is_a_step_and_caches_go_with_it():
         )
     )
     assert len(result["steps_s"]) == 3
+    # cheap steps and dear ones take turns
+    assert result["step_s"] == pytest.approx(sum(result["steps_s"]) / 3)
 
 
 def test_the_command_prints_one_line(capsys):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from vflora.models import offload
 from vflora.models.denoiser import Denoiser
 from vflora.models.lora import add_lora
 from vflora.models.offload import BlockOffload
@@ -12,15 +14,15 @@ from vflora.models.random_weights import randomise_lora, small_transformer
 CPU = torch.device("cpu")
 
 
-def run(make_conditions, *, offload, storage="full"):
+def run(make_conditions, *, offloaded, storage="full"):
     transformer = small_transformer(layers=4)
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
     generator = torch.Generator().manual_seed(1)
     randomise_lora(transformer.named_parameters(), std=0.02)
     quantize_blocks(transformer, storage=storage)
     transformer.enable_gradient_checkpointing()
-    if offload:
-        BlockOffload(transformer, CPU)
+    if offloaded:
+        BlockOffload(transformer, transformer.transformer_blocks, CPU).begin()
     denoiser = Denoiser(transformer)
     latents, conditions = torch.randn(1, 4, 2, 4, 4, generator=generator), make_conditions()
     out = []
@@ -35,14 +37,39 @@ def run(make_conditions, *, offload, storage="full"):
 
 @pytest.mark.parametrize("storage", ["full", "int8"])
 def test_offloaded_blocks_give_the_same_velocities_and_gradients(make_conditions, storage):
-    expected, _ = run(make_conditions, offload=False, storage=storage)
-    got, _ = run(make_conditions, offload=True, storage=storage)
+    expected, _ = run(make_conditions, offloaded=False, storage=storage)
+    got, _ = run(make_conditions, offloaded=True, storage=storage)
     assert len(got) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_only_two_blocks_have_their_weights_in_place(make_conditions):
-    _, transformer = run(make_conditions, offload=True)
+    _, transformer = run(make_conditions, offloaded=True)
     places = {block.ff.net[2].weight.untyped_storage().data_ptr() for block in transformer.transformer_blocks}
     assert len(places) == 2
     assert all(block.attn.to_q.lora_A["student"].weight.grad is not None for block in transformer.transformer_blocks)
+
+
+def test_a_model_that_has_left_is_whole_in_main_memory_and_may_come_again(make_conditions):
+    transformer = small_transformer(layers=4).requires_grad_(False)
+    denoiser, latents, conditions = Denoiser(transformer), torch.randn(1, 4, 2, 4, 4), make_conditions()
+    weights = {name: value.clone() for name, value in transformer.state_dict().items()}
+    expected = denoiser.velocity(latents, 0.7, conditions)
+    blocks = BlockOffload(transformer, transformer.transformer_blocks, CPU)
+    for _ in range(2):
+        blocks.begin()
+        assert torch.equal(denoiser.velocity(latents, 0.7, conditions), expected)
+        blocks.end()
+        assert all(torch.equal(value, weights[name]) for name, value in transformer.state_dict().items())
+        assert torch.equal(denoiser.velocity(latents, 0.7, conditions), expected)
+
+
+def test_blocks_share_pieces_of_main_memory_and_a_large_one_has_its_own(monkeypatch):
+    monkeypatch.setattr(offload, "_PIECE", 3 * 256)
+    blocks = nn.ModuleList(nn.Linear(8, size, bias=False) for size in (8, 8, 8, 8, 40)).requires_grad_(False)
+    expected = [block.weight.clone() for block in blocks]
+    BlockOffload(blocks, blocks, CPU)
+    pieces = [block.weight.untyped_storage().data_ptr() for block in blocks]
+    assert pieces[0] == pieces[1] == pieces[2]
+    assert len({*pieces}) == 3
+    assert all(torch.equal(block.weight, weight) for block, weight in zip(blocks, expected, strict=True))

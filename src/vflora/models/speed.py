@@ -89,8 +89,7 @@ def accelerate(
         )
     lean_lora(transformer, narrow=config.lora_precision == "bf16")
     if config.block_offload:
-        BlockOffload(transformer, device)
-        _place_the_rest(transformer, device)
+        BlockOffload(transformer, transformer.transformer_blocks, device).begin()
     else:
         nn.Module.to(transformer, device)
     choose_attention(transformer, config.attention_backend, device)
@@ -123,13 +122,3 @@ def compile_blocks(transformer: HunyuanVideo15Transformer3DModel) -> None:
 
 def _declare_text_dynamic(module: nn.Module, args: tuple[Any, ...]) -> None:
     torch._dynamo.maybe_mark_dynamic(args[1], 1)
-
-
-def _place_the_rest(transformer: HunyuanVideo15Transformer3DModel, device: torch.device) -> None:
-    """Moves all but the blocks' frozen weights, which come and go by themselves."""
-    for name, child in transformer.named_children():
-        if name != "transformer_blocks":
-            child.to(device)
-    for parameter in transformer.transformer_blocks.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device)

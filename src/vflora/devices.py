@@ -68,6 +68,11 @@ def available_memory() -> int:
     return min(free + torch.cuda.memory_reserved(), int(total * torch.cuda.get_per_process_memory_fraction()))
 
 
+def has_room(device: torch.device, size: int) -> bool:
+    """Tells whether so many bytes more fit into a GPU's memory beside what this process has there; else it is True."""
+    return device.type != "cuda" or available_memory() - torch.cuda.memory_allocated() >= size
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside, PyTorch's own work on the CPU has one thread: many that share small tensors only wait for each other.

@@ -6,8 +6,8 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vflora.distributed.voice import is_first
 from vflora.errors import UserError
+from vflora.models.guests import Guests
 from vflora.models.loading import load_encoders
 from vflora.models.video_vae import encode_first_frame
 from vflora.types import Conditions
@@ -126,6 +127,7 @@ class ConditionEncoder:
         self._keep_images = keep_images_on_disk
         self._cache = ConditionCache(cache_folder)
         self._fingerprint = pipeline_fingerprint(pipeline_dir, dtype)
+        self._guests = Guests(device)
         self._pipeline: HunyuanVideo15ImageToVideoPipeline | None = None
 
     def encode(self, prompts: Sequence[str], images: Tensor) -> Conditions:
@@ -173,12 +175,12 @@ class ConditionEncoder:
             total=len(texts) + len(pictures), desc="encoding conditions", leave=False, delay=2, disable=not is_first()
         ) as bar:
             if texts:
-                with _visiting(self._device, pipeline.text_encoder, pipeline.text_encoder_2):
+                with self._guests.visit(pipeline.text_encoder, pipeline.text_encoder_2):
                     for prompt in texts:
                         self._cache.put(self._text_key(prompt), self._encode_text(pipeline, prompt))
                         bar.update()
             if pictures:
-                with _visiting(self._device, pipeline.image_encoder):
+                with self._guests.visit(pipeline.image_encoder):
                     for key, image in pictures.items():
                         entry = self._encode_image(pipeline, image)
                         self._cache.put(key, entry, on_disk=self._keep_images)
@@ -216,20 +218,6 @@ class ConditionEncoder:
     def _image_key(self, image: Tensor) -> str:
         shape = f"{tuple(image.shape)}->{self._size}".encode()
         return _content_key(self._fingerprint, b"image", shape, image.cpu().contiguous().numpy().tobytes())
-
-
-@contextmanager
-def _visiting(device: torch.device, *modules: torch.nn.Module) -> Iterator[None]:
-    """Moves modules to a device and back to the CPU afterwards, which gives the memory free."""
-    for module in modules:
-        module.to(device)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.to("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _content_key(*parts: bytes) -> str:

@@ -56,7 +56,8 @@ def test_a_config_file_sets_mode_and_flags_and_the_command_line_wins(tmp_path):
 
 
 def test_saved_settings_can_be_run_in_another_mode_and_keep_what_was_given(train_flags, tmp_path):
-    settings = parse("train", [*train_flags, "--mode", "low_memory", "--enable_gradient_checkpointing", "false"])
+    flags = ["--block_offload", "false", "--enable_gradient_checkpointing", "false"]
+    settings = parse("train", [*train_flags, "--mode", "low_memory", *flags])
     saved = tmp_path / "saved.yaml"
     saved.write_text(settings.yaml())
     assert parse("train", ["--config", str(saved)]) == settings

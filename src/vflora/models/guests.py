@@ -20,8 +20,8 @@ _WORK_BYTES = 1 << 30  # for what a guest computes; a prompt of 1,000 tokens tak
 class Guests:
     """Lets models visit the accelerator: whole where there is room for them, else one layer after the other.
 
-    The numbers are the same either way. Layer by layer every prompt brings all weights of the text encoder (16.6 GB) over
-    again, but only 3 GB are there at a time: the embedding of words, which stays, and two layers.
+    The numbers are the same either way. Layer by layer every prompt brings all weights of the text encoder (16.6 GB)
+    over again, but only 3 GB are there at a time: the embedding of words, which stays, and two layers.
     """
 
     def __init__(self, device: torch.device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vflora.config import ModelConfig
-from vflora.devices import available_memory, limit_memory, one_thread, torch_device
+from vflora.devices import available_memory, has_room, limit_memory, one_thread, torch_device
 from vflora.errors import UserError
 from vflora.world.pretrain import PretrainConfig
 
@@ -53,6 +53,10 @@ def test_every_command_reads_the_flag_with_the_same_function():
     assert others == []
 
 
+def test_where_memory_cannot_be_asked_for_there_is_room():
+    assert has_room(torch.device("cpu"), 2**60)
+
+
 def test_a_smaller_card_is_a_matter_of_gpus():
     with pytest.raises(UserError, match="--card_gib 16 limits a CUDA GPU's memory, and this computes on cpu"):
         limit_memory(torch.device("cpu"), 16)
@@ -67,7 +71,10 @@ def test_a_smaller_card_is_full_sooner(name):
         limit_memory(device, 1e6)
     try:
         limit_memory(device, 1.0)
-        assert available_memory() <= 2**30
+        assert available_memory(device) <= 2**30
+        taken = torch.cuda.memory_allocated(device)
+        assert has_room(device, 2**29)
+        assert not has_room(device, 2**30 + 1 - taken)
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(2**30 + 2**21, dtype=torch.uint8, device=device)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -62,15 +63,26 @@ def share_of_memory(device: torch.device, gib: float) -> float:
     return gib * 2**30 / total
 
 
-def available_memory() -> int:
-    """Returns how many bytes of the present GPU's memory this process has or can have."""
-    free, total = torch.cuda.mem_get_info()
-    return min(free + torch.cuda.memory_reserved(), int(total * torch.cuda.get_per_process_memory_fraction()))
+def available_memory(device: torch.device) -> int:
+    """Returns how many bytes of a GPU's memory this process has or can have."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
+    return min(free + torch.cuda.memory_reserved(device), allowed)
 
 
 def has_room(device: torch.device, size: int) -> bool:
-    """Tells whether so many bytes more fit into a GPU's memory beside what this process has there; else it is True."""
-    return device.type != "cuda" or available_memory() - torch.cuda.memory_allocated() >= size
+    """Tells whether a GPU has so many bytes more for this process; where that cannot be asked, it is True."""
+    if device.type != "cuda":
+        return True
+    idle_in_graphs = sum(segment["total_size"] - segment["allocated_size"] for segment in graph_segments(device))
+    return available_memory(device) - torch.cuda.memory_allocated(device) - idle_in_graphs >= size
+
+
+def graph_segments(device: torch.device) -> list[dict[str, Any]]:
+    """Returns what CUDA graphs hold for what comes and goes inside them; it counts as free until they replay."""
+    number = torch.cuda.current_device() if device.index is None else device.index
+    segments = (segment for segment in torch.cuda.memory_snapshot() if segment["device"] == number)
+    return [segment for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0)]
 
 
 @contextmanager

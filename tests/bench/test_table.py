@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 
@@ -20,11 +21,16 @@ def test_the_table_is_measured_row_by_row_and_goes_on_where_it_stopped(tmp_path,
     assert run(config) == 0
     (path,) = (tmp_path / "rows").glob("*.json")
     first = path.stat().st_mtime_ns
-    assert run(BenchTableConfig(tmp_path, modes=["exact", "low_memory"], decodes=["half"], **SMALL)) == 0
+    both = BenchTableConfig(tmp_path, modes=["exact", "low_memory"], decodes=["half"], **SMALL)
+    low = rows(both)[1]
+    of_another_version = {"command": shlex.join(low.command(both)), "speed": {"weight_storage": "int8"}, "step_s": 1e9}
+    (path.parent / f"{low.name}.json").write_text(json.dumps(of_another_version))
+    assert run(both) == 0
     assert path.stat().st_mtime_ns == first, "a row that was measured is kept"
 
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["mode"] for row in table["rows"]] == ["exact", "low_memory"]
+    assert all(row["s_per_step"] < 1e9 for row in table["rows"]), "one that was measured with other switches is not"
     assert all(row["samples_per_hour"] == pytest.approx(3600 / row["s_per_step"]) for row in table["rows"])
     assert {"rollout", "decode", "distillation"} <= set(table["rows"][0]["parts_s"])
     lines = (tmp_path / "table.md").read_text().splitlines()

@@ -54,7 +54,9 @@ def test_formulas_are_drawn_by_the_browser_itself(site):
 
 
 def test_the_table_of_the_readme_is_on_the_memory_page(site):
-    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--mode low_memory"))
+    row = next(
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--mode low_memory")
+    )
     page = text_of(site, "memory")
     assert all(cell.strip(" `") in page for cell in row.strip("|").split("|"))
 

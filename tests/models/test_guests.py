@@ -49,6 +49,23 @@ def test_where_there_is_no_room_only_two_layers_are_there_at_a_time_and_it_is_sa
     assert ["layer by layer" in message for message in caplog.messages] == [True]
 
 
+def test_a_guest_for_whom_the_room_is_in_pieces_comes_layer_by_layer(monkeypatch):
+    encoder = small_pipeline().text_encoder.requires_grad_(False)
+    expected = run(encoder)
+
+    def refuse(device):
+        if device.type != "cpu" or not arrived:
+            arrived.append(device)
+            raise torch.OutOfMemoryError("no piece is large enough")
+        return encoder
+
+    arrived = []
+    monkeypatch.setattr(encoder, "to", lambda where: refuse(torch.device(where)))
+    with Guests(torch.device("cpu")).visit(encoder):
+        assert torch.equal(run(encoder), expected)
+    assert len(arrived) == 1
+
+
 def test_a_guest_leaves_when_its_work_fails(monkeypatch):
     monkeypatch.setattr(guests, "has_room", lambda device, size: False)
     encoder = small_pipeline().text_encoder.requires_grad_(False)

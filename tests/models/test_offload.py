@@ -14,17 +14,20 @@ from vflora.models.random_weights import randomise_lora, small_transformer
 CPU = torch.device("cpu")
 
 
-def run(make_conditions, *, offloaded, storage="full"):
-    transformer = small_transformer(layers=4)
+def run(make_conditions, *, offloaded, storage="full", device=CPU, **sizes):
+    transformer = small_transformer(layers=4, **sizes)
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
     generator = torch.Generator().manual_seed(1)
     randomise_lora(transformer.named_parameters(), std=0.02)
     quantize_blocks(transformer, storage=storage)
     transformer.enable_gradient_checkpointing()
     if offloaded:
-        BlockOffload(transformer, transformer.transformer_blocks, CPU).begin()
+        BlockOffload(transformer, transformer.transformer_blocks, device).begin()
+    else:
+        transformer.to(device)
     denoiser = Denoiser(transformer)
-    latents, conditions = torch.randn(1, 4, 2, 4, 4, generator=generator), make_conditions()
+    latents = torch.randn(1, 4, 2, 4, 4, generator=generator).to(device)
+    conditions = make_conditions().to(device)
     out = []
     for sigma in (0.9, 0.6):
         with denoiser.teacher():
@@ -40,6 +43,16 @@ def test_offloaded_blocks_give_the_same_velocities_and_gradients(make_conditions
     expected, _ = run(make_conditions, offloaded=False, storage=storage)
     got, _ = run(make_conditions, offloaded=True, storage=storage)
     assert len(got) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("storage", ["full", "int8"])
+def test_blocks_whose_weights_take_longer_to_arrive_than_to_use_are_waited_for(make_conditions, storage):
+    sizes = {"heads": 16, "head_dim": 128}  # a block of 200 MB in fp32, and next to no tokens
+    expected, _ = run(make_conditions, offloaded=False, storage=storage, device=torch.device("cuda"), **sizes)
+    got, _ = run(make_conditions, offloaded=True, storage=storage, device=torch.device("cuda"), **sizes)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

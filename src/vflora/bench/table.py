@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vflora.atomic import replace_file
 from vflora.bench.setting import BenchConfig
 from vflora.config import Precision, require
-from vflora.models.speed_config import Mode
+from vflora.models.speed_config import Mode, SpeedConfig
 
 CARDS_GIB = (12, 16, 24, 32, 48, 80)
 """Sizes of consumer and workstation cards."""
@@ -135,8 +135,9 @@ def _kept(config: BenchTableConfig, row: Row) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
-    asked = shlex.join(row.command(config))
-    return result if result.get("command") == asked else None
+    # The same words may come to other switches in another version.
+    asked = {"command": shlex.join(row.command(config)), "speed": asdict(SpeedConfig.preset(row.mode))}
+    return result if {name: result.get(name) for name in asked} == asked else None
 
 
 def _measured(config: BenchTableConfig, row: Row) -> dict[str, Any]:
@@ -144,7 +145,8 @@ def _measured(config: BenchTableConfig, row: Row) -> dict[str, Any]:
     raw, log = folder / f".{row.name}.json", folder / f"{row.name}.log"
     raw.unlink(missing_ok=True)
     words = [sys.executable, "-m", "vflora.cli", *command[1:], "--output", str(raw)]
-    facts = {"row": row.name, "command": shlex.join(command), **vars(row)}
+    speed = asdict(SpeedConfig.preset(row.mode))
+    facts = {"row": row.name, "command": shlex.join(command), "speed": speed, **vars(row)}
     with log.open("w") as stream:
         try:
             code = subprocess.run(

@@ -221,13 +221,13 @@ def start(sp_size: int, device: torch.device) -> World:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     require_processes(size, sp_size)
+    claim_device(device, size)
     if size == 1:
         return ALONE
     if not is_first():
         logging.getLogger("vflora").setLevel(logging.WARNING)
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-    claim_device(device, size)
     store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -242,12 +242,16 @@ def start(sp_size: int, device: torch.device) -> World:
 
 
 def claim_device(device: torch.device, size: int) -> None:
-    """Makes this process's own GPU the current one, where torchrun started `size` processes.
+    """Makes this process's own GPU the current one: the one of its number among `size` processes, or the one named.
 
     Raises:
         UserError: if there are not the devices for it.
     """
-    if device.type != "cuda" or size == 1:
+    if device.type != "cuda":
+        return
+    if size == 1:
+        if device.index is not None:
+            torch.cuda.set_device(device)
         return
     if device.index is not None:
         raise UserError(f"--device {device} names one GPU for {size} processes: leave --device out.")

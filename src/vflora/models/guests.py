@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
@@ -20,8 +20,9 @@ _WORK_BYTES = 1 << 30  # for what a guest computes; a prompt of 1,000 tokens tak
 class Guests:
     """Lets models visit the accelerator: whole where there is room for them, else one layer after the other.
 
-    The numbers are the same either way. Layer by layer every prompt brings all weights of the text encoder (16.6 GB)
-    over again, but only 3 GB are there at a time: the embedding of words, which stays, and two layers.
+    The numbers are the same either way. Layer by layer every prompt brings all weights of the text encoder (14 GB) over
+    again, but only 2 GB are there at a time: the embedding of words, which stays, and two layers. A model that once had
+    no room comes in layers ever after.
     """
 
     def __init__(self, device: torch.device):
@@ -32,34 +33,36 @@ class Guests:
     @contextmanager
     def visit(self, *models: nn.Module) -> Iterator[None]:
         """Has the models ready on the device inside, and gives their memory there back afterwards."""
-        try:
+        with ExitStack() as departures:
             for model in models:
+                departures.callback(self._send_back, model)
                 self._bring(model)
             yield
-        finally:
-            for model in models:
-                if model in self._layered:
-                    self._layered[model].end()
-                else:
-                    model.to("cpu")
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def _bring(self, model: nn.Module) -> None:
         size = _bytes(model)
-        if model not in self._layered and not has_room(self._device, size + _WORK_BYTES):
+        if model not in self._layered and has_room(self._device, size + _WORK_BYTES):
+            with suppress(torch.OutOfMemoryError):  # what is free may be in pieces
+                model.to(self._device)
+                return
+            self._send_back(model)
+        if model not in self._layered:
             logger.info(
-                "%s (%.1f GB) has no room beside the rest on the GPU and comes layer by layer, which takes longer; "
-                "`vflora encode` ahead has the GPU to itself",
+                "%s (%.1f GB) has no room beside the rest on the GPU and comes layer by layer, which takes longer",
                 type(model).__name__,
                 size / 1e9,
             )
             stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
             self._layered[model] = BlockOffload(model, max(stacks, key=_bytes), self._device)
+        self._layered[model].begin()
+
+    def _send_back(self, model: nn.Module) -> None:
         if model in self._layered:
-            self._layered[model].begin()
+            self._layered[model].end()
         else:
-            model.to(self._device)
+            model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _bytes(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 _ALIGNMENT = 256  # bytes; compiled kernels read whole vectors
-_PIECE = 1 << 30  # bytes
+_PIECE = 1 << 31  # bytes
 
 
 class BlockOffload:
@@ -53,7 +53,7 @@ class BlockOffload:
     def end(self) -> None:
         """Moves the whole model to main memory and gives the room on the device back; `begin` may follow."""
         if self._stream is not None:  # a block that was guessed to be next may be on its way into that room
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -74,7 +74,7 @@ class BlockOffload:
                 self._bring(index, slot=0)
             slot = self._resident.index(index)
             if self._stream is not None:
-                torch.cuda.current_stream().wait_event(self._arrivals[slot])
+                torch.cuda.current_stream(self._device).wait_event(self._arrivals[slot])
             self._bring(self._guess_next(index), slot=1 - slot)
             self._last = index
 
@@ -95,10 +95,11 @@ class BlockOffload:
         packed = self._blocks[index]
         buffer, views = self._slots[slot]
         target = buffer[: packed.host.numel()]
+        self._resident[slot] = None  # what was there is gone from here on, even if the copying is interrupted
         if self._stream is None:
             target.copy_(packed.host)
         else:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 target.copy_(packed.host, non_blocking=True)
                 self._arrivals[slot] = self._stream.record_event()

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vflora.devices import available_memory
+from vflora.devices import available_memory, graph_segments
 from vflora.models.speed_config import Recompute
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ class BlockRecompute:
         self._undecided = False
         if self._block_bytes == 0:
             return
-        spare = available_memory() * (1 - _MARGIN) - torch.cuda.max_memory_allocated() - _graph_bytes()
+        device = torch.device("cuda", torch.cuda.current_device())
+        in_graphs = sum(segment["total_size"] for segment in graph_segments(device))
+        spare = available_memory(device) * (1 - _MARGIN) - torch.cuda.max_memory_allocated() - in_graphs
         self.kept = least(max(0, min(len(self._order), 1 + int(spare / self._block_bytes))))
         logger.info(
             "gradient checkpointing: %d of %d blocks keep their activations (%.2f GiB a block, %.1f GiB were free)",
@@ -91,12 +93,6 @@ class BlockRecompute:
             self._block_bytes / 2**30,
             spare / 2**30,
         )
-
-
-def _graph_bytes() -> int:
-    """Memory that CUDA graphs hold for what comes and goes inside them; it counts as free until they replay."""
-    segments = torch.cuda.memory_snapshot()
-    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
 
 
 def _on_cuda(args: tuple[Any, ...]) -> bool:

@@ -132,3 +132,16 @@ def test_weights_are_restored_in_one_pass_to_the_same_bits(dtype):
     weight = restored(codes, scale, dtype)
     assert weight.dtype == dtype
     assert torch.equal(weight, (codes.float() * scale).to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_weights_rounded_on_a_gpu_are_those_rounded_at_home(storage):
+    there, here = make_student(), make_student()
+    quantize_blocks(there, storage=storage, device=torch.device("cuda"), home=torch.device("cpu"))
+    quantize_blocks(here, storage=storage)
+    found, expected = there.state_dict(), here.state_dict()
+    assert found.keys() == expected.keys()
+    assert any(name.endswith(".codes") for name in found)
+    assert all(torch.equal(found[name], expected[name]) for name in found)

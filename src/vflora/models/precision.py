@@ -155,11 +155,13 @@ def quantize_blocks(
     storage: str = "full",
     fp8_rollouts: bool = False,
     device: torch.device | None = None,
+    home: torch.device | None = None,
 ) -> Fp8Switch:
     """Replaces the Linear layers inside the transformer's blocks, in place, one at a time.
 
     Call it after the LoRA has been added. The transformer may still lie on the CPU: each weight visits `device`
-    alone and only what is kept of it stays there, so a model that would not fit there in 16 bits can be placed.
+    alone, to be rounded, and only what is kept of it stays there, so a model that would not fit there in 16 bits can
+    be placed.
 
     Args:
         transformer: frozen but for its LoRA.
@@ -167,7 +169,8 @@ def quantize_blocks(
         fp8_rollouts: lets the returned switch turn float8 multiplication on, in the feed-forward layers of the
             video tokens: on an H200, products of 2048 x 2048 with a scale per row gain nothing from float8 (717
             against 749 TFLOP/s, quantizing not counted), those of 2048 x 8192 go from 773 to 1,442.
-        device: where the new layers go; where the weights are by default.
+        device: where weights are rounded, which accelerators do in a moment; where they are by default.
+        home: where the new layers go; `device` by default.
 
     Returns:
         The switch, off.
@@ -188,5 +191,7 @@ def quantize_blocks(
                 layer.to(device)
             parent, _, child = name.rpartition(".")
             frozen = FrozenLinear(layer, codes, keep_weight=storage not in CODES, switch=switch if multiplied else None)
+            if home is not None:
+                frozen.to(home)
             setattr(block.get_submodule(parent), child, frozen)
     return switch

@@ -85,7 +85,8 @@ def accelerate(
             transformer,
             storage=config.weight_storage,
             fp8_rollouts=config.rollout_precision == "fp8",
-            device=None if config.block_offload else device,
+            device=device,
+            home=torch.device("cpu") if config.block_offload else device,
         )
     lean_lora(transformer, narrow=config.lora_precision == "bf16")
     if config.block_offload:

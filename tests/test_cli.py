@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 
 from vflora.cli import COMMANDS, build_parser, config_class_of, config_groups, main, parse
 
@@ -134,6 +135,27 @@ def test_a_disk_that_fills_up_is_told_in_one_line(train_flags, tmp_path, capsys)
     error = capsys.readouterr().err
     assert "is full: make room and run the command again" in error
     assert "Traceback" not in error
+
+
+def test_a_gpu_that_fills_up_is_told_with_the_flags_that_save_memory(train_flags, capsys, monkeypatch):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8")
+
+    monkeypatch.setattr("vflora.train.learn", fill)
+    assert main(["train", *train_flags]) == 2
+    error = capsys.readouterr().err
+    assert "vflora: CUDA out of memory. Tried to allocate 2.00 GiB: use --mode low_memory, --id_decode" in error
+    assert "Traceback" not in error
+
+
+def test_the_flags_that_save_memory_exist(train_flags):
+    generate = ["--model_path", "x", "--prompt", "x", "--image_path", "x"]
+    compare = ["--pipeline_dir", "x", "--lora_path", "x", "--images", "x", "--output_dir", "x"]
+    less = ["--group_offloading", "true", "--video_length", "17"]
+    parse("generate", [*generate, *less])
+    parse("compare", [*compare, *less])
+    flags = ["--mode", "low_memory", "--id_decode_downsample_mode", "area", "--val_video_length", "17"]
+    parse("train", [*train_flags, *flags, "--train_target_resolution", "32x32", "--train_video_length", "5"])
 
 
 def test_an_unknown_command_is_told_with_code_2(capsys):

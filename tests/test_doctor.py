@@ -129,6 +129,14 @@ def test_a_disk_too_small_for_checkpoints_is_named(tmp_path, monkeypatch, free, 
     assert found.level == level
 
 
+@pytest.mark.parametrize(("free", "level"), [(64, "ok"), (32, "warning")])
+def test_main_memory_is_told_with_what_each_work_takes(tmp_path, monkeypatch, free, level):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free * 2**30}))
+    found = next(f for f in examine(DoctorConfig(output_dir=tmp_path)) if f.what.startswith("main memory"))
+    assert found.level == level
+    assert ("with --mode low_memory 23" in found.what) == (level == "warning")
+
+
 @pytest.mark.parametrize(
     ("free", "level", "words"),
     [
@@ -136,8 +144,16 @@ def test_a_disk_too_small_for_checkpoints_is_named(tmp_path, monkeypatch, free, 
         (79, "ok", "fits as it is, and with --mode fast --id_decode_downsample_mode area"),
         (40, "warning", "with --id_decode_downsample_mode area, or with --mode low_memory"),
         (23.5, "warning", "fits with --mode low_memory"),
-        (15.5, "warning", "fits with --mode low_memory; generate with --group_offloading true"),
-        (11, "warning", "fits with --mode low_memory --id_decode_downsample_mode area, and nothing less; generate"),
+        (
+            15.5,
+            "warning",
+            "fits with --mode low_memory --val_video_length 17; generate and compare with --group_offloading true",
+        ),
+        (
+            11,
+            "warning",
+            "with --mode low_memory --id_decode_downsample_mode area --val_video_length 17, and nothing less",
+        ),
         (7.5, "problem", "training needs 9.5 GiB free at the least"),
         (7.5, "problem", "generating 121 frames takes 10, with --group_offloading true"),
     ],

@@ -123,6 +123,16 @@ def test_validation_reports_student_and_teacher_and_writes_previews(train_flags,
     assert len(list((tmp_path / "run" / "previews" / "step-000004").glob("*.mp4"))) == 2
 
 
+def test_a_validation_that_fails_finds_its_step_saved(train_flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "previews").write_text("no room for clips")
+    flags = ["--enable_validation", "--val_num_samples", "1", "--val_video_length", "5", "--val_every_steps", "1"]
+    with pytest.raises(OSError, match="previews"):
+        run(parse("train", [*train_flags, *flags, "--max_train_steps", "2", "--save_every_steps", "1"]))
+    flags = ["--max_train_steps", "2", "--resume_from_checkpoint", "latest"]
+    assert run(parse("train", [*train_flags, *flags])).name == "checkpoint-2"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -110,6 +110,14 @@ COMMANDS: dict[str, Command] = {
 }
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_GENERATE_LESS = "--group_offloading true, or a smaller --video_length"
+_LESS_MEMORY = {
+    "train": "--mode low_memory, --id_decode_downsample_mode area or a smaller --train_target_resolution or "
+    "--train_video_length; if it was validating, a smaller --val_video_length",
+    "generate": _GENERATE_LESS,
+    "compare": _GENERATE_LESS,
+}
+"""Which flags save memory, by command."""
 _ANSWERS = {"-h", "--help", "-V", "--version", "--print_config"}
 """Flags that are answered by printing and nothing else: one process of a launcher is enough."""
 
@@ -157,6 +165,12 @@ def _main(words: list[str]) -> int:
         if first_to_say("disk full"):
             where = f" that holds {error.filename}" if error.filename else ""
             print(f"vflora: the disk{where} is full: make room and run the command again.", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if name not in _LESS_MEMORY or type(error).__name__ != "OutOfMemoryError":
+            raise
+        if first_to_say("out of memory"):
+            print(f"vflora: {str(error).partition('. GPU')[0]}: use {_LESS_MEMORY[name]}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first_to_say("interrupted"):

@@ -73,6 +73,7 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
         dtype=config.dtype,
         device=device,
         offloading=config.offloading,
+        group_offloading=config.group_offloading,
         vae_tiling=config.vae_tiling,
     )
     if judge is None:

@@ -61,6 +61,8 @@ class CompareConfig:
     """Precision of the weights."""
     offloading: bool = True
     """Keep each model in main memory until it is its turn."""
+    group_offloading: bool = False
+    """Bring in one layer at a time instead of one model: least memory, slower."""
     vae_tiling: bool = True
     """Decode videos larger than 256 x 256 in overlapping tiles."""
 

@@ -64,6 +64,7 @@ def load_with_adapters(
     dtype: str,
     device: torch.device,
     offloading: bool,
+    group_offloading: bool,
     vae_tiling: bool,
 ) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
     """Loads a pipeline, adds its adapters, and puts it where it computes.
@@ -76,6 +77,7 @@ def load_with_adapters(
         dtype: bf16 or fp32.
         device: where to compute.
         offloading: keep each model in main memory until it is its turn.
+        group_offloading: bring in one layer at a time instead.
         vae_tiling: decode videos larger than 256 x 256 in overlapping tiles.
 
     Raises:
@@ -83,11 +85,11 @@ def load_with_adapters(
     """
     for adapter in adapters:
         find_adapter(adapter)  # a wrong path should show before minutes of loading
-    waits = device.type != "cpu" and offloading
+    waits = device.type != "cpu" and (offloading or group_offloading)
     pipeline = load_for_sampling(model_path, transformer_version, dtype, "cpu" if waits else device)
     added = add_adapters(pipeline.transformer, adapters, scales)
     acceleration.place(
-        pipeline, device, offloading=offloading, group_offloading=None, overlap=False, vae_tiling=vae_tiling
+        pipeline, device, offloading=offloading, group_offloading=group_offloading, overlap=True, vae_tiling=vae_tiling
     )
     return pipeline, added
 

@@ -82,6 +82,7 @@ def load_pipeline(
     dtype: Precision = "bf16",
     device: str = "auto",
     offloading: bool = True,
+    group_offloading: bool = False,
     vae_tiling: bool = True,
 ) -> Pipeline:
     """Loads a model, with LoRAs or without, ready for `generate_video`.
@@ -94,6 +95,7 @@ def load_pipeline(
         dtype: bf16 or fp32, of the weights.
         device: auto, or a device as PyTorch writes it.
         offloading: keep each model in main memory until it is its turn; no meaning on the CPU.
+        group_offloading: bring in one layer at a time instead of one model: least memory, slower.
         vae_tiling: decode videos larger than 256 x 256 pixels in overlapping tiles.
 
     Returns:
@@ -116,6 +118,7 @@ def load_pipeline(
         dtype=dtype,
         device=torch_device(device),
         offloading=offloading,
+        group_offloading=group_offloading,
         vae_tiling=vae_tiling,
     )
     return pipeline

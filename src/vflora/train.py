@@ -92,7 +92,7 @@ class Run:
         return self.step_count >= self.total_steps
 
     def step(self) -> dict[str, float]:
-        """Takes one optimizer step, then logs, validates and saves whatever is due.
+        """Takes one optimizer step, then logs, saves and validates whatever is due.
 
         Returns:
             The numbers of the step, under the names that metrics.jsonl has: loss/total, loss/distill (mean squared
@@ -112,10 +112,10 @@ class Run:
             _log_cosines(self._log, done, reports)
         if training.teacher_probe and done % settings.run.teacher_check == 0:
             training.teacher_probe.check(done)
+        if last or done % settings.run.save_every_steps == 0:
+            self.save()  # first: validation decodes longer clips than training does, and may run out of memory
         if training.validator and (last or done % settings.validation.val_every_steps == 0):
             _validate(training, training.validator, done, self._log)
-        if last or done % settings.run.save_every_steps == 0:
-            self.save()
         return metrics
 
     def _learn(self) -> tuple[dict[str, float], list[LossReport]]:

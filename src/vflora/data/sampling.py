@@ -169,7 +169,8 @@ class IdentityBatches:
         if most < 2:
             raise UserError(
                 f"only {len(self.pools)} identities have {self.instances} or more pictures, which is too few for a "
-                f"batch on each of {self.world_size} process(es): lower --pk_instances, or add pictures."
+                f"batch on each of {self.world_size} process(es), two for each: add characters with so many pictures, "
+                "or lower --pk_instances."
             )
         if not 2 <= self.identities * self.world_size <= len(self.pools):
             raise UserError(

@@ -39,7 +39,11 @@ logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.INFO)
 
 
 def pytest_collection_modifyitems(items):
-    """The long tests first: one that began last would leave the other cores without work."""
+    """The long tests first: one that began last would leave the other cores without work; without CUDA no GPU's."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -63,7 +63,6 @@ def test_a_smaller_card_is_a_matter_of_gpus():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["auto", "cuda:0"])
 def test_a_smaller_card_is_full_sooner(name):
     device = torch_device(name)

@@ -43,6 +43,7 @@ def test_every_approximation_is_close_and_the_exact_ones_are_exact(tmp_path):
     rows = {row["name"]: row for row in json.loads(output.read_text())["rows"]}
     tiles = rows["decoder in tiles (rounding)"]
     assert tiles["velocity_error"] == tiles["state_error"] == 0
+    assert tiles["gradient_error"] < 1e-4
     assert tiles["distillation_gradient_error"] == 0 <= tiles["identity_gradient_error"] < 1e-4
     assert 0 < rows["fp8 rollouts"]["velocity_error"] < 0.1
     assert rows["every second rollout point"]["velocity_error"] == 0

@@ -11,8 +11,6 @@ from vflora.models.random_weights import randomise_lora, small_transformer
 from vflora.models.recompute import BlockRecompute
 from vflora.models.replay import FixedInputs, Recordings, shapes
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
 
 def make(device="cpu", recompute="false", kept=0):
     transformer = small_transformer(layers=3)
@@ -154,7 +152,6 @@ def test_the_second_call_is_recorded_and_the_oldest_recording_goes_first():
 
 
 @pytest.mark.gpu
-@GPU
 @pytest.mark.parametrize("kept", [1, 3])
 def test_replayed_velocities_and_gradients_are_the_denoisers(kept, make_conditions):
     denoiser, blocks = make("cuda", "true", kept)

@@ -26,7 +26,6 @@ def test_without_cuda_it_is_the_denoiser(denoiser, make_conditions):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_replayed_velocities_are_the_denoisers_to_the_last_bit(denoiser, make_conditions):
     denoiser.transformer.to("cuda")
     teacher = GraphedTeacher(denoiser, Fp8Switch())

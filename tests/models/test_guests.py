@@ -78,7 +78,6 @@ def test_a_guest_leaves_when_its_work_fails(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_layer_by_layer_on_a_gpu_is_the_same_to_the_last_bit(encoder, monkeypatch):
     visits = {room: Guests(torch.device("cuda")) for room in (True, False)}
     found = []

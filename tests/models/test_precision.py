@@ -135,7 +135,6 @@ def test_weights_are_restored_in_one_pass_to_the_same_bits(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
 def test_weights_rounded_on_a_gpu_are_those_rounded_at_home(storage):
     there, here = make_student(), make_student()

@@ -33,7 +33,6 @@ def test_the_function_of_tensors_is_the_one_of_conditions(transformer):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_replayed_errors_and_gradients_are_the_plain_ones(transformer):
     transformer.to("cuda")
     plain, replayed = FlowErrors(transformer), ReplayedFlowErrors(transformer)

@@ -135,9 +135,13 @@ def _kept(config: BenchTableConfig, row: Row) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
-    # The same words may come to other switches in another version.
-    asked = {"command": shlex.join(row.command(config)), "speed": asdict(SpeedConfig.preset(row.mode))}
+    asked = _asked(config, row)
     return result if {name: result.get(name) for name in asked} == asked else None
+
+
+def _asked(config: BenchTableConfig, row: Row) -> dict[str, Any]:
+    """What a row is measured with: the same words may come to other switches in another version."""
+    return {"command": shlex.join(row.command(config)), "speed": asdict(SpeedConfig.preset(row.mode))}
 
 
 def _measured(config: BenchTableConfig, row: Row) -> dict[str, Any]:
@@ -145,8 +149,7 @@ def _measured(config: BenchTableConfig, row: Row) -> dict[str, Any]:
     raw, log = folder / f".{row.name}.json", folder / f"{row.name}.log"
     raw.unlink(missing_ok=True)
     words = [sys.executable, "-m", "vflora.cli", *command[1:], "--output", str(raw)]
-    speed = asdict(SpeedConfig.preset(row.mode))
-    facts = {"row": row.name, "command": shlex.join(command), "speed": speed, **vars(row)}
+    facts = {"row": row.name, **_asked(config, row), **vars(row)}
     with log.open("w") as stream:
         try:
             code = subprocess.run(

@@ -34,7 +34,7 @@ class BlockRecompute:
         self._order = {id(block): i for i, block in enumerate(transformer.transformer_blocks)}
         self._undecided = mode == "auto"
         self._random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in transformer.modules())
-        self._block_bytes = 0
+        self._block_bytes, self._device = 0, torch.device("cuda")
         self.kept = len(self._order) if mode == "false" else 0
         if mode == "false":
             transformer.disable_gradient_checkpointing()
@@ -46,9 +46,10 @@ class BlockRecompute:
         if place is None:  # the text refiner's blocks
             return self._checkpoint(block, *args)
         if self._undecided and place == len(self._order) - 1 and _on_cuda(args):
-            before = torch.cuda.memory_allocated()
+            self._device = args[0].device
+            before = torch.cuda.memory_allocated(self._device)
             out = block(*args)
-            self._block_bytes = max(self._block_bytes, torch.cuda.memory_allocated() - before)
+            self._block_bytes = max(self._block_bytes, torch.cuda.memory_allocated(self._device) - before)
             return out
         if place >= len(self._order) - self.kept:
             return block(*args)
@@ -82,9 +83,9 @@ class BlockRecompute:
         self._undecided = False
         if self._block_bytes == 0:
             return
-        device = torch.device("cuda", torch.cuda.current_device())
-        in_graphs = sum(segment["total_size"] for segment in graph_segments(device))
-        spare = available_memory(device) * (1 - _MARGIN) - torch.cuda.max_memory_allocated() - in_graphs
+        used = torch.cuda.max_memory_allocated(self._device)
+        in_graphs = sum(segment["total_size"] for segment in graph_segments(self._device))
+        spare = available_memory(self._device) * (1 - _MARGIN) - used - in_graphs
         self.kept = least(max(0, min(len(self._order), 1 + int(spare / self._block_bytes))))
         logger.info(
             "gradient checkpointing: %d of %d blocks keep their activations (%.2f GiB a block, %.1f GiB were free)",

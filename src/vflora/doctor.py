@@ -37,7 +37,7 @@ _TRAINING: tuple[tuple[float, Literal["ok", "warning"], str], ...] = (
     ),
 )
 """Free GiB from which on, with a little to spare: how it trains at 480x848 with 17 frames, as it was measured."""
-_MAIN_MEMORY_GIB = 46.0
+_MAIN_MEMORY_GIB = 46.0  # reckoned: what diffusers page-locks for one layer at a time, rounded up matrix by matrix
 _RUN_GB = 10.0
 _MARKS = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
 

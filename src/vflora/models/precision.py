@@ -57,7 +57,8 @@ def quantize_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         Codes of the same shape, and scales [..., 1], fp32, so that `codes * scale` approximates `values`.
     """
     values = values.float()
-    scale = values.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / _LARGEST[dtype]
+    # Times the reciprocal, which is how CUDA divides by a number, so that every device finds the same bits.
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) * (1 / _LARGEST[dtype])
     scaled = values / scale
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 

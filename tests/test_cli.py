@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -146,6 +147,23 @@ def test_a_gpu_that_fills_up_is_told_with_the_flags_that_save_memory(train_flags
     error = capsys.readouterr().err
     assert "vflora: CUDA out of memory. Tried to allocate 2.00 GiB: use --mode low_memory, --id_decode" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch extends memory on Linux alone")
+@pytest.mark.parametrize(
+    ("command", "own", "expected"),
+    [
+        ("generate", {}, "expandable_segments:True"),
+        ("generate", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, None),
+        ("compare", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+        ("train", {}, None),
+    ],
+)
+def test_sampling_lets_memory_grow_unless_the_user_has_other_ideas(command, own, expected, monkeypatch, capsys):
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
+    monkeypatch.setattr(os, "environ", kept | own)
+    assert main([command, "--no_such_flag"]) == 2
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
 
 
 def test_the_flags_that_save_memory_exist(train_flags):

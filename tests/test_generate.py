@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -231,8 +232,9 @@ def test_a_folder_in_the_place_of_the_mp4_is_noticed_before_sampling(folder, tmp
         run(settings(folder, output_path=tmp_path / "video.mp4", model_path="./missing"))
 
 
-def test_a_resolution_the_transformer_was_not_trained_for_is_refused(tmp_path, folder):
+def test_a_resolution_the_transformer_was_not_trained_for_is_refused_before_encoders_are_read(tmp_path, folder):
     small_pipeline(target_size=640).save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "text_encoder")
     with pytest.raises(UserError, match="use --resolution 480p"):
         run(settings(folder, model_path=str(tmp_path / "model"), resolution="720p"))
 

@@ -14,10 +14,8 @@ from vflora.config import require
 from vflora.devices import torch_device
 from vflora.distributed.lending import borrowed
 from vflora.distributed.processes import World, joined
-from vflora.errors import UserError
 from vflora.generate_config import GenerateConfig, default_output
 from vflora.inference import load_for_sampling, open_image, write_settings
-from vflora.resolution import TARGET_SIZES
 from vflora.run_folder import require_writable
 from vflora.sampling import Pipeline, default_steps, generate_video, prepare_for_sampling
 from vflora.shared_sampling import quicken, require_shareable, share, video_tokens, work_for_the_first
@@ -96,8 +94,15 @@ def _generate(config: GenerateConfig, world: World) -> Path:
 def _load(config: GenerateConfig) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
     device = torch_device(config.device)
     waits = device.type != "cpu" and (config.offloading or config.group_offloading)
-    pipeline = load_for_sampling(config.model_path, config.version, config.dtype, "cpu" if waits else device)
-    _check_resolution(pipeline, config.resolution)
+    pipeline = load_for_sampling(
+        config.model_path,
+        config.version,
+        config.dtype,
+        device,
+        waits=waits,
+        prompts=(config.prompt, config.negative_prompt),
+        resolution=config.resolution,
+    )
     adapters = add_adapters(
         pipeline.transformer,
         config.adapter_paths,
@@ -113,12 +118,6 @@ def _load(config: GenerateConfig) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
 
 def _steps(config: GenerateConfig, pipeline: Pipeline) -> int:
     return config.num_inference_steps or (8 if config.enable_step_distill else default_steps(pipeline))
-
-
-def _check_resolution(pipeline: Pipeline, resolution: str | None) -> None:
-    trained = {size: name for name, size in TARGET_SIZES.items()}.get(pipeline.target_size)
-    if resolution is not None and trained is not None and resolution != trained:
-        raise UserError(f"This transformer is made for {trained}: use --resolution {trained}, or load another one.")
 
 
 def _accelerate(pipeline: Pipeline, config: GenerateConfig, steps: int) -> None:

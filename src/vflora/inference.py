@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from vflora.adapters import AdapterInfo, add_adapters, find_adapter
 from vflora.config import TORCH_DTYPES
 from vflora.data.images import BadImageError, decode
 from vflora.errors import UserError
-from vflora.models.loading import load_pipeline, require_complete
-from vflora.sampling import Pipeline
+from vflora.models.loading import load_encoders, load_vae, open_transformer, require_complete
+from vflora.models.streamed_weights import fill
+from vflora.resolution import TARGET_SIZES
+from vflora.sampling import Pipeline, keep_prompts
 
 
 def open_image(path: Path, flag: str = "--image_path") -> Image.Image:
@@ -36,23 +39,53 @@ def open_image(path: Path, flag: str = "--image_path") -> Image.Image:
         raise UserError(f"{path} cannot be used ({error}): give another JPEG, PNG or WebP picture.") from error
 
 
-def load_for_sampling(model_path: str, transformer_version: str, dtype: str, device: torch.device | str) -> Pipeline:
+def load_for_sampling(
+    model_path: str,
+    transformer_version: str,
+    dtype: str,
+    device: torch.device | str,
+    *,
+    waits: bool = False,
+    prompts: Iterable[str] | None = None,
+    resolution: str | None = None,
+) -> Pipeline:
     """Loads an image-to-video pipeline, or a text-to-video one where the folder says that it holds one.
 
     Args:
         model_path: folder or hub name.
         transformer_version: which transformer, where there are several.
         dtype: bf16 or fp32.
-        device: where to put it.
+        device: where it computes.
+        waits: leave it in main memory, as what is offloaded is.
+        prompts: all that it will be asked for, as `keep_prompts` takes them: they are encoded first, and the text
+            encoders are gone before the transformer comes. None keeps the encoders.
+        resolution: 480p or 720p, refused if it is not the transformer's; None takes any.
 
     Raises:
-        UserError: if there is no pipeline.
+        UserError: if there is no pipeline, or it is made for another resolution.
     """
+    precision, home = TORCH_DTYPES[dtype], torch.device("cpu" if waits else device)
+    transformer, files = open_transformer(model_path, transformer_version, precision)
+    _check_resolution(transformer.config.target_size, resolution)
     if _names_text_to_video(Path(model_path)):
-        require_complete(model_path, "transformer", "vae", "text_encoder", "text_encoder_2")
-        pipeline = HunyuanVideo15Pipeline.from_pretrained(model_path, dtype=TORCH_DTYPES[dtype])
-        return pipeline.to(device)
-    return load_pipeline(model_path, transformer_version, TORCH_DTYPES[dtype], device)
+        require_complete(model_path, "vae", "text_encoder", "text_encoder_2")
+        pipeline = HunyuanVideo15Pipeline.from_pretrained(model_path, transformer=None, dtype=precision)
+    else:
+        pipeline = load_encoders(model_path, load_vae(model_path, precision, home), precision, transformer_version)
+    if prompts is not None:
+        keep_prompts(pipeline, prompts, torch.device(device))
+        gc.collect()  # of the text encoders, whose memory the transformer takes
+    fill(transformer, files, precision, home)
+    pipeline.register_modules(transformer=transformer)
+    pipeline.target_size = transformer.config.target_size
+    pipeline.vision_states_dim = transformer.config.image_embed_dim
+    return pipeline.to(home)
+
+
+def _check_resolution(target_size: int, resolution: str | None) -> None:
+    trained = {size: name for name, size in TARGET_SIZES.items()}.get(target_size)
+    if resolution is not None and trained is not None and resolution != trained:
+        raise UserError(f"This transformer is made for {trained}: use --resolution {trained}, or load another one.")
 
 
 def load_with_adapters(
@@ -66,6 +99,7 @@ def load_with_adapters(
     offloading: bool,
     group_offloading: bool,
     vae_tiling: bool,
+    prompts: Iterable[str] | None = None,
 ) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
     """Loads a pipeline, adds its adapters, and puts it where it computes.
 
@@ -79,6 +113,7 @@ def load_with_adapters(
         offloading: keep each model in main memory until it is its turn.
         group_offloading: bring in one layer at a time instead.
         vae_tiling: decode videos larger than 256 x 256 in overlapping tiles.
+        prompts: as `load_for_sampling` takes them.
 
     Raises:
         UserError: if there is no pipeline, or an adapter cannot be read or does not fit.
@@ -86,7 +121,7 @@ def load_with_adapters(
     for adapter in adapters:
         find_adapter(adapter)  # a wrong path should show before minutes of loading
     waits = device.type != "cpu" and (offloading or group_offloading)
-    pipeline = load_for_sampling(model_path, transformer_version, dtype, "cpu" if waits else device)
+    pipeline = load_for_sampling(model_path, transformer_version, dtype, device, waits=waits, prompts=prompts)
     added = add_adapters(pipeline.transformer, adapters, scales)
     acceleration.place(
         pipeline, device, offloading=offloading, group_offloading=group_offloading, overlap=True, vae_tiling=vae_tiling

@@ -7,7 +7,7 @@ fp32 whatever the precision of the weights, as the original code does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -19,14 +19,18 @@ from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5_image2video 
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from vflora.config import require_frames
 from vflora.errors import UserError
 from vflora.models.dense_attention import make_dense
+from vflora.models.guests import Guests
 
 Pipeline = HunyuanVideo15ImageToVideoPipeline | HunyuanVideo15Pipeline
 
 _MARK = "_vflora_prepared_for_sampling"
+_KEPT = "_vflora_prompts"
+_TEXTS = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 
 
 def is_text_to_video(pipeline: Pipeline) -> bool:
@@ -51,6 +55,32 @@ def fit_image(pipeline: Pipeline, image: Image.Image) -> Image.Image:
     )
     resize = pipeline.video_processor.resize
     return cast(Image.Image, resize(image.convert("RGB"), height=height, width=width, resize_mode="crop"))
+
+
+@torch.no_grad()
+def keep_prompts(pipeline: Pipeline, prompts: Iterable[str], device: torch.device) -> None:
+    """Encodes prompts and lets the text encoders go, in place: the pipeline then knows these prompts and no others.
+
+    Of the real size they are 15 of 35 GB, and the transformer, which is the next 17, need not be there yet.
+
+    Args:
+        pipeline: with text encoders in main memory; with or without a transformer.
+        prompts: every one that will be asked for, negative ones and the empty one too.
+        device: where to encode; text encoders that have no room there come layer by layer.
+    """
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    dtype = pipeline.text_encoder.dtype
+    kept = {}
+    with (
+        # Page-locked memory would stay when they are gone, and for a few prompts it is not worth its making.
+        Guests(device, pin=False).visit(*(encoder.requires_grad_(False) for encoder in encoders)),
+        tqdm(list(dict.fromkeys(prompts)), desc="encoding prompts", leave=False, delay=2) as bar,
+    ):
+        for prompt in bar:
+            values = pipeline.encode_prompt(prompt, device=device, dtype=dtype, batch_size=1)
+            kept[prompt] = {name: value.cpu() for name, value in zip(_TEXTS, values, strict=True)}
+    pipeline.register_modules(text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
+    setattr(pipeline, _KEPT, kept)
 
 
 @torch.no_grad()
@@ -87,6 +117,7 @@ def generate_video(
 
     Raises:
         UserError: if frames is not 4n + 1, or image and kind of model do not go together.
+        ValueError: for a prompt that a pipeline without text encoders does not know.
     """
     require_frames("video_length", frames)
     _check_kind(pipeline, image)
@@ -97,8 +128,7 @@ def generate_video(
     inputs: dict = {"image": image.convert("RGB")} if image is not None else _size_inputs(pipeline, aspect)
     with adapter_strength(pipeline.transformer, lora_scale):
         output = pipeline(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
+            **_texts(pipeline, prompt, negative_prompt),
             num_frames=frames,
             num_inference_steps=steps,
             # Without explicit sigmas the scheduler shifts a schedule that it has shifted before.
@@ -109,6 +139,16 @@ def generate_video(
         )
     video = cast(Tensor, output.frames[0]).float().cpu()  # pyright: ignore[reportAttributeAccessIssue]
     return (video.transpose(0, 1) * 2 - 1).contiguous()
+
+
+def _texts(pipeline: Pipeline, prompt: str, negative_prompt: str) -> dict[str, str] | dict[str, Tensor]:
+    kept: dict[str, dict[str, Tensor]] | None = getattr(pipeline, _KEPT, None)
+    if kept is None:
+        return {"prompt": prompt, "negative_prompt": negative_prompt}
+    for text in (prompt, negative_prompt):
+        if text not in kept:
+            raise ValueError(f"the text encoders are gone, and {text!r} is none of the prompts that were kept")
+    return {**kept[prompt], **{f"negative_{name}": value for name, value in kept[negative_prompt].items()}}
 
 
 def _check_kind(pipeline: Pipeline, image: Image.Image | None) -> None:

@@ -25,9 +25,15 @@ class Guests:
     no room comes in layers ever after.
     """
 
-    def __init__(self, device: torch.device):
-        """Takes the device to be visited."""
-        self._device = device
+    def __init__(self, device: torch.device, *, pin: bool = True):
+        """Takes the device to be visited.
+
+        Args:
+            device: where guests work.
+            pin: page-lock what comes in layers, which quickens every visit but the first; PyTorch keeps that memory
+                when the guest is gone for good.
+        """
+        self._device, self._pin = device, pin
         self._layered: dict[nn.Module, BlockOffload] = {}
 
     @contextmanager
@@ -53,7 +59,7 @@ class Guests:
                 size / 1e9,
             )
             stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-            self._layered[model] = BlockOffload(model, max(stacks, key=_bytes), self._device)
+            self._layered[model] = BlockOffload(model, max(stacks, key=_bytes), self._device, pin=self._pin)
         self._layered[model].begin()
 
     def _send_back(self, model: nn.Module) -> None:

@@ -192,23 +192,6 @@ def load_encoders(
     return pipeline
 
 
-def load_pipeline(
-    pipeline_dir: str, transformer_version: str, dtype: torch.dtype, device: torch.device | str
-) -> HunyuanVideo15ImageToVideoPipeline:
-    """Loads everything that generation needs, on `device`.
-
-    Raises:
-        UserError: if the folder is missing or no pipeline.
-    """
-    vae = load_vae(pipeline_dir, dtype, device)
-    pipeline = load_encoders(pipeline_dir, vae, dtype, transformer_version)
-    transformer = load_transformer(pipeline_dir, transformer_version, dtype, device)
-    pipeline.register_modules(transformer=transformer)
-    pipeline.target_size = transformer.config.target_size
-    pipeline.vision_states_dim = transformer.config.image_embed_dim
-    return pipeline.to(device)
-
-
 def load_guidance_scale(pipeline_dir: str, transformer_version: str = "480p_i2v") -> float:
     """Returns the classifier-free guidance that the pipeline samples with; 1 is none.
 

@@ -21,18 +21,19 @@ class BlockOffload:
     pass: what a forward pass keeps would refer to weights that have been overwritten since.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, device: torch.device):
-        """Moves the blocks' frozen weights to (page-locked) main memory, in place; `begin` is next.
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, device: torch.device, *, pin: bool = True):
+        """Moves the blocks' frozen weights to main memory, in place; `begin` is next.
 
         Args:
             model: that runs the blocks one after the other.
             blocks: of it.
             device: where it computes.
+            pin: page-lock that memory, for CUDA: only then do copies and computing overlap.
         """
         self._model, self._modules, self._device = model, blocks, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         parts = [_Frozen(block) for block in blocks]
-        rooms = _host_rooms([part.size for part in parts], pin=self._stream is not None)
+        rooms = _host_rooms([part.size for part in parts], pin=pin and self._stream is not None)
         self._blocks = [_Packed(part, host) for part, host in zip(parts, rooms, strict=True)]
         self._slots: list[tuple[Tensor, list[list[Tensor]]]] = []
         self._hooks: list[RemovableHandle] = []

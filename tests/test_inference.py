@@ -1,0 +1,33 @@
+import pytest
+import torch
+from PIL import Image
+
+from vflora.inference import load_for_sampling
+from vflora.models.random_weights import small_pipeline, small_text_to_video
+from vflora.sampling import generate_video, is_text_to_video
+
+
+@pytest.fixture(scope="module", params=[small_pipeline, small_text_to_video])
+def folder(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    request.param().save_pretrained(root)
+    return root
+
+
+def test_prompts_encoded_ahead_make_the_same_video_without_text_encoders(folder):
+    whole = load_for_sampling(str(folder), "480p_i2v", "fp32", "cpu")
+    light = load_for_sampling(str(folder), "480p_i2v", "fp32", "cpu", prompts=["", "it runs", "blurred"])
+    gone = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    assert all(getattr(light, part) is None for part in gone)
+    assert all(getattr(whole, part) is not None for part in gone)
+    picture = None if is_text_to_video(whole) else Image.linear_gradient("L").resize((64, 48))
+    for negative in ("", "blurred"):
+        videos = [
+            generate_video(
+                pipe, picture, "it runs", seed=1, frames=5, steps=2, guidance_scale=3.0, negative_prompt=negative
+            )
+            for pipe in (whole, light)
+        ]
+        assert torch.equal(*videos)
+    with pytest.raises(ValueError, match="'it flies' is none of the prompts that were kept"):
+        generate_video(light, picture, "it flies", seed=1, frames=5, steps=1)

@@ -43,6 +43,11 @@ def test_embeddings_are_fp32_unit_vectors_with_gradients_to_the_pixels_only(mode
     assert all(p.grad is None and not p.requires_grad for p in embedder.parameters())
 
 
+def test_pictures_come_from_any_device(model_dir, head_path):
+    embedder = IdentityEmbedder.load(model_dir, head_path).to("meta")
+    assert embedder.embed(_images()).device.type == "meta"
+
+
 def test_gradient_to_the_pixels_matches_finite_differences(model_dir, head_path):
     embedder = IdentityEmbedder.load(model_dir, head_path)
     images = (_images(64, 64) * 0.9)[:1]

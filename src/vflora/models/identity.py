@@ -175,12 +175,12 @@ class IdentityEmbedder(nn.Module):
         """Embeds images for comparison by dot product.
 
         Args:
-            images: [B, 3, H, W] in [-1, 1], of any size and floating type; values outside are clamped, as an
-                image file would clamp them.
+            images: [B, 3, H, W] in [-1, 1], of any size and floating type, on any device; values outside are
+                clamped, as an image file would clamp them.
 
         Returns:
-            [B, D] fp32, each of length one.
+            [B, D] fp32, each of length one, where the weights are.
         """
-        return self.head(self.backbone(images))
+        return self.head(self.backbone(images.to(self.backbone.device)))
 
     forward = embed

@@ -125,6 +125,16 @@ def test_the_base_video_is_that_of_the_model_without_any_adapter(made, root, tmp
     assert alone.read_bytes() == (made / "videos" / "01-momo-0.mp4").read_bytes()
 
 
+def test_the_head_of_the_training_grades_beside_the_judge(root, small_models, tmp_path, device):
+    heads = {"dino_model_dir": small_models / "dino", "dino_head_path": small_models / "head.safetensors"}
+    options = {"images": [root / "pictures" / "momo.png"], "lora_scales": [1.0], "video_length": 5, "device": device}
+    run(settings(root, tmp_path, **options, **heads))
+    (row,) = json.loads((tmp_path / "index.json").read_text())["rows"]
+    for clip in row["clips"]:
+        assert len(clip["trained_identity"]["cosines"]) == 5
+        assert clip["trained_identity"] != clip["identity"]
+
+
 def test_what_an_earlier_comparison_left_in_the_folder_is_named_and_kept(root, tmp_path, caplog):
     options = {"lora_scales": [1.0], "video_length": 5, "num_inference_steps": 2}
     run(settings(root, tmp_path, **options))

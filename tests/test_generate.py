@@ -139,13 +139,14 @@ def test_offloaded_weights_are_read_only_while_they_are_there(folder, tmp_path, 
     assert len(arrivals) > 100
 
 
-def test_group_offloading_and_cached_runs_go_through(folder, tmp_path):
-    plain = frames(folder, tmp_path)
-    assert apart(frames(folder, tmp_path, group_offloading=True), plain) == 0
-    cached = frames(
-        folder, tmp_path, enable_cache=True, cache_type="taylorcache", num_inference_steps=10, no_cache_block_id="1"
-    )
-    exact = frames(folder, tmp_path, num_inference_steps=10)
+def test_offloaded_and_cached_runs_go_through(folder, tmp_path, device):
+    here = {"device": device, "lora_path": [str(folder / "a.safetensors")]}
+    plain = frames(folder, tmp_path, offloading=False, **here)
+    for way in ("offloading", "group_offloading"):
+        assert apart(frames(folder, tmp_path, **{way: True}, **here), plain) == 0
+    here |= {"num_inference_steps": 10}
+    cached = frames(folder, tmp_path, enable_cache=True, cache_type="taylorcache", no_cache_block_id="1", **here)
+    exact = frames(folder, tmp_path, **here)
     assert 0 < apart(cached, exact) < 40
 
 

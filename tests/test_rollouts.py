@@ -82,8 +82,9 @@ def refuse(*_args, **_kwargs):
     ],
 )
 def test_training_from_disk_equals_the_run_that_rolled_out_itself_without_teacher_or_encoders(
-    flags, folder, tmp_path, monkeypatch, extra, losses
+    flags, folder, tmp_path, monkeypatch, extra, losses, device
 ):
+    flags = [*flags, "--device", device]
     trained([*flags, *extra], tmp_path / "own")
     roll_out(storing([*flags, *extra], folder))
     monkeypatch.setattr(Denoiser, "teacher", refuse)

@@ -75,10 +75,10 @@ def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path, cap
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(
-    train_flags, tmp_path, extra, losses, train_until_killed
+    train_flags, tmp_path, extra, losses, train_until_killed, device
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = [*train_flags, "--max_train_steps", "6", "--save_every_steps", "2", *extra]
+    flags = [*train_flags, "--max_train_steps", "6", "--save_every_steps", "2", "--device", device, *extra]
     run(parse("train", [*flags, "--output_dir", str(whole)]))
     train_until_killed([*flags, "--output_dir", str(cut)])
     run(parse("train", [*flags, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"]))
@@ -113,9 +113,9 @@ def test_non_finite_gradient_stops_before_the_optimizer(train_flags, tmp_path):
     assert all(torch.equal(before[name], p) for name, p in parameters.items())
 
 
-def test_validation_reports_student_and_teacher_and_writes_previews(train_flags, tmp_path):
+def test_validation_reports_student_and_teacher_and_writes_previews(train_flags, tmp_path, device):
     flags = ["--enable_validation", "--val_num_samples", "2", "--val_video_length", "5", "--val_every_steps", "4"]
-    run(parse("train", [*train_flags, *flags]))
+    run(parse("train", [*train_flags, *flags, "--device", device]))
     row = next(r for r in metrics(tmp_path / "run") if "val/motion_ratio" in r)
     for who in ("student", "teacher"):
         assert {f"val/{who}_{k}" for k in ("cosine_mean", "cosine_std", "cosine_last_quarter", "motion")} <= set(row)

@@ -116,8 +116,8 @@ def generate_video(
         The video [3, F, H, W] in [-1, 1], fp32 on the CPU.
 
     Raises:
-        UserError: if frames is not 4n + 1, or image and kind of model do not go together.
-        ValueError: for a prompt that a pipeline without text encoders does not know.
+        UserError: if frames is not 4n + 1, image and kind of model do not go together, or the pipeline was loaded for
+            other prompts.
     """
     require_frames("video_length", frames)
     _check_kind(pipeline, image)
@@ -147,7 +147,9 @@ def _texts(pipeline: Pipeline, prompt: str, negative_prompt: str) -> dict[str, s
         return {"prompt": prompt, "negative_prompt": negative_prompt}
     for text in (prompt, negative_prompt):
         if text not in kept:
-            raise ValueError(f"the text encoders are gone, and {text!r} is none of the prompts that were kept")
+            raise UserError(
+                f"{text!r} was not encoded before the text encoders went: name it in `prompts` when loading."
+            )
     return {**kept[prompt], **{f"negative_{name}": value for name, value in kept[negative_prompt].items()}}
 
 

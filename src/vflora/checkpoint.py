@@ -137,7 +137,7 @@ class CheckpointWriter:
     def __init__(self, world: World, *, asynchronous: bool):
         """Takes the processes; all of them make one."""
         self._world = world.aside() if asynchronous else world
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
+        self._thread = _own_thread() if asynchronous else None
         self._pending: Future[Path] | None = None
 
     def save(self, output_dir: Path, state: RunState, tensors: dict[str, Tensor], *rest: Any, **options: Any) -> Path:
@@ -172,6 +172,17 @@ class CheckpointWriter:
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+
+
+def _own_thread() -> ThreadPoolExecutor:
+    """A thread begins on GPU 0, where DCP would open a context of this process too, whichever GPU is its own."""
+    on_gpu = torch.cuda.is_initialized()
+    return ThreadPoolExecutor(
+        1,
+        thread_name_prefix="checkpoint",
+        initializer=torch.cuda.set_device if on_gpu else None,
+        initargs=(torch.cuda.current_device(),) if on_gpu else (),
+    )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

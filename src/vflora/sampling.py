@@ -199,8 +199,8 @@ def prepare_for_sampling(pipeline: Pipeline) -> None:
     """Makes the pipeline's transformer precise and free of padding, in place; a second call does nothing.
 
     Three differences to the stock pipeline, each towards the original code: timesteps are not rounded to bf16
-    (an error of up to 2 in 1000), the noisy latents stay in fp32 between the steps, and padded text is dropped
-    rather than masked.
+    (an error of up to 2 in 1000), the noisy latents stay in fp32 between the steps, and padded text, or the picture
+    that text to video does not have, is dropped rather than masked.
     """
     transformer = pipeline.transformer
     if getattr(transformer, _MARK, False):
@@ -215,6 +215,8 @@ def prepare_for_sampling(pipeline: Pipeline) -> None:
             inputs["timestep"] = now.float().expand(batch)
             if inputs.get("timestep_r") is not None:
                 inputs["timestep_r"] = _next_timestep(pipeline.scheduler.timesteps, now).expand(batch)
+        if is_text_to_video(pipeline):  # it passes zeros for a picture, which the stock forward pass masks
+            inputs["image_embeds"] = inputs["image_embeds"][:, :0]
         inputs["hidden_states"] = inputs["hidden_states"].to(transformer.dtype)
         for suffix in ("", "_2"):
             _drop_padding(inputs, f"encoder_hidden_states{suffix}", f"encoder_attention_mask{suffix}")

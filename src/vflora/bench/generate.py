@@ -29,6 +29,7 @@ from vflora.bench.models import build_transformer, build_vae
 from vflora.bench.step import device_name
 from vflora.config import TORCH_DTYPES, Precision, require, require_frames, require_guidance
 from vflora.devices import limit_memory, share_of_memory, torch_device
+from vflora.distributed.processes import claim_device
 from vflora.models.random_weights import small_pipeline
 from vflora.random_streams import keyed_generator
 from vflora.resolution import TARGET_SIZES
@@ -91,6 +92,7 @@ def run(config: BenchGenerateConfig) -> dict[str, Any]:
         UserError: for settings that cannot work.
     """
     device = torch_device(config.device)
+    claim_device(device, 1)
     if config.card_gib is not None:
         share_of_memory(device, config.card_gib)  # refused now, and not when the models are built
     logger.info("building a pipeline of random weights (%s size)", config.size)

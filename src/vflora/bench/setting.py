@@ -31,7 +31,7 @@ from vflora.config import (
 from vflora.data.config import DataConfig
 from vflora.devices import limit_memory
 from vflora.distributed.divisible import require_divisible
-from vflora.distributed.processes import ALONE, World
+from vflora.distributed.processes import ALONE, World, claim_device
 from vflora.distributed.sequence_parallel import enable_context_parallel
 from vflora.distributed.sharding import shard
 from vflora.distributed.strips import Strips
@@ -181,6 +181,7 @@ def build_setting(config: BenchConfig, speed: SpeedConfig, world: World = ALONE,
     """
     settings = _settings(config, speed)
     device, dtype = settings.model.torch_device(), TORCH_DTYPES[config.dtype]
+    claim_device(device, world.size)
     if config.card_gib is not None:
         limit_memory(device, config.card_gib)
     logger.info("building the VAE and the identity embedder (%s size, random weights)", config.size)

@@ -110,6 +110,7 @@ def score(embeddings: Tensor, ids: Tensor) -> Scores:
         include=("precision_at_1", "mean_average_precision_at_r"),
         k="max_bin_count",
         knn_func=CustomKNN(CosineSimilarity()),
+        device=embeddings.device,
     )
     retrieval = calculator.get_accuracy(embeddings, ids)
     return Scores(

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPip
 
 from vflora.atomic import replace_file
 from vflora.devices import one_thread, torch_device
+from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.world.base_training import BaseTraining, train_base
 from vflora.world.characters import Domain, Split
@@ -100,6 +101,7 @@ def run(config: PretrainConfig, sizes: WorldSizes | None = None) -> None:
         UserError: for a stage whose forerunner is missing.
     """
     sizes, device = sizes or WorldSizes(), config.torch_device()
+    claim_device(device, 1)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     with one_thread() if device.type == "cuda" else nullcontext():

@@ -150,12 +150,14 @@ def test_an_arm_that_was_told_to_stop_is_not_graded(tmp_path, monkeypatch):
 def test_several_gpus_are_taken_in_turn_and_those_that_are_hidden_stay_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [ablate.environment(n, 1)["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["0", "1", "0"]
+    any_gpu, named = torch.device("cuda"), torch.device("cuda:1")
+    assert [ablate.environment(n, 1, any_gpu)["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["0", "1", "0"]
+    assert "CUDA_VISIBLE_DEVICES" not in ablate.environment(0, 1, named)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [ablate.environment(n, 1)["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["5", "7", "5"]
+    assert [ablate.environment(n, 1, any_gpu)["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["5", "7", "5"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "CUDA_VISIBLE_DEVICES" not in ablate.environment(0, 1)
+    assert "CUDA_VISIBLE_DEVICES" not in ablate.environment(0, 1, any_gpu)
 
 
 def test_an_unknown_arm_is_refused_with_the_names_of_all():

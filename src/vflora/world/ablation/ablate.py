@@ -134,15 +134,17 @@ def _recipe_of(lab: LabConfig) -> dict[str, Any]:
 def _run_jobs(lab: LabConfig, jobs: list[Job], at_once: int) -> list[Job]:
     """Runs arms as processes; returns those that failed."""
     cores = max(1, len(os.sched_getaffinity(0)) // at_once)
-    numbers, failed = itertools.count(), []
+    numbers, failed, device = itertools.count(), [], lab.torch_device()
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), desc="arms", unit="arm") as bar:
         # First in the queue, so whoever waits for them waits for work that goes on.
         encodings = {
-            key: pool.submit(_encode, lab, *key, environment(next(numbers), cores))
+            key: pool.submit(_encode, lab, *key, environment(next(numbers), cores, device))
             for key in (_shared_encodings(jobs) if at_once > 1 else ())
         }
         running = {
-            pool.submit(_run_job, lab, job, encodings.get(_encoding(job)), environment(next(numbers), cores)): job
+            pool.submit(
+                _run_job, lab, job, encodings.get(_encoding(job)), environment(next(numbers), cores, device)
+            ): job
             for job in sorted(jobs, key=lambda job: _encoding(job) in encodings)
         }
         try:
@@ -169,11 +171,14 @@ def _shared_encodings(jobs: list[Job]) -> list[Encoding]:
     return [encoding for encoding, arms in counts.items() if arms > 1]
 
 
-def environment(number: int, cores: int) -> dict[str, str]:
-    """Returns the environment of a job by its number: its share of the cores, and one of several GPUs in turn."""
+def environment(number: int, cores: int, device: torch.device) -> dict[str, str]:
+    """Returns the environment of a job by its number: its share of the cores, and one of several GPUs in turn.
+
+    A GPU that `device` names is everybody's.
+    """
     own = {"OMP_NUM_THREADS": str(cores), **os.environ}
     count = torch.cuda.device_count()
-    if count > 1:
+    if count > 1 and device.index is None:
         visible = own.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
         own["CUDA_VISIBLE_DEVICES"] = visible[number % count]
     return own

@@ -119,7 +119,7 @@ def test_a_loaded_lora_changes_the_video_and_its_scale_0_is_the_base(train_flags
     base = vflora.generate_video(vflora.load_pipeline(folder, dtype="fp32"), picture, "it runs", **options)
     taught = vflora.load_pipeline(folder, checkpoint, lora_scale=3.0, dtype="fp32")
     assert torch.equal(vflora.generate_video(taught, picture, "it runs", **options, lora_scale=0.0), base)
-    light = {"group_offloading": True, "prompts": ["it runs"]}
+    light = {"group_offloading": True, "prompts": "it runs"}
     layers = vflora.load_pipeline(folder, checkpoint, lora_scale=3.0, dtype="fp32", **light)
     assert layers.text_encoder is None
     for scale in (0.0, 3.0):

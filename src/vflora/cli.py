@@ -119,6 +119,7 @@ _LESS_MEMORY = {
 }
 """Which flags save memory, by command."""
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Where PyTorch's allocator looks for settings."""
 _SAMPLING = ("generate", "compare", "bench generate")
 _ANSWERS = {"-h", "--help", "-V", "--version", "--print_config"}
 """Flags that are answered by printing and nothing else: one process of a launcher is enough."""
@@ -149,8 +150,6 @@ def _main(words: list[str]) -> int:
         print(f"vflora {__version__}")
         return 0
     name, rest = _split_command(words)
-    if name in _SAMPLING:
-        _let_memory_grow()
     if name is None:
         family, rest = (words[0], words[1:]) if words and _family(words[0]) else ("", words)
         asked = not rest or rest[0] in ("-h", "--help")
@@ -199,6 +198,8 @@ def execute(name: str, config: Any) -> Any:
     Raises:
         UserError: for settings or input that the command refuses.
     """
+    if name in _SAMPLING:
+        _let_memory_grow()
     return importlib.import_module(COMMANDS[name].module).run(config)
 
 
@@ -302,7 +303,8 @@ def _let_memory_grow() -> None:
     without this, and do with it. Training, whose CUDA graphs hold memory in another way, was measured without.
     """
     if sys.platform == "linux" and not any(variable in os.environ for variable in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+        # The first name of this variable: PyTorch 2.9 does not know the later one.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def entry(name: str) -> Callable[[], int]:

@@ -75,7 +75,7 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
         offloading=config.offloading,
         group_offloading=config.group_offloading,
         vae_tiling=config.vae_tiling,
-        prompts=["", *(sample.prompt for sample in samples)],
+        prompts=[sample.prompt for sample in samples],
     )
     if judge is None:
         judge = Judge.load(config.judge_model_dir, device) if config.judge_model_dir else Judge.from_pipeline(pipeline)

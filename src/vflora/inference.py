@@ -62,11 +62,13 @@ def load_for_sampling(
         resolution: 480p or 720p, refused if it is not the transformer's; None takes any.
 
     Raises:
-        UserError: if there is no pipeline, or it is made for another resolution.
+        UserError: if there is no pipeline, it is made for another resolution, or the transformer's weights do not fit
+            it; all before anything is read.
     """
     precision, home = TORCH_DTYPES[dtype], torch.device("cpu" if waits else device)
     transformer, files = open_transformer(model_path, transformer_version, precision)
     _check_resolution(transformer.config.target_size, resolution)
+    files.require_fit({name: value.shape for name, value in transformer.state_dict().items()})
     if _names_text_to_video(Path(model_path)):
         require_complete(model_path, "vae", "text_encoder", "text_encoder_2")
         pipeline = HunyuanVideo15Pipeline.from_pretrained(model_path, transformer=None, dtype=precision)

@@ -84,7 +84,7 @@ def load_pipeline(
     offloading: bool = True,
     group_offloading: bool = False,
     vae_tiling: bool = True,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
 ) -> Pipeline:
     """Loads a model, with LoRAs or without, ready for `generate_video`.
 
@@ -98,11 +98,12 @@ def load_pipeline(
         offloading: keep each model in main memory until it is its turn; no meaning on the CPU.
         group_offloading: bring in one layer at a time instead of one model: least memory, slower.
         vae_tiling: decode videos larger than 256 x 256 pixels in overlapping tiles.
-        prompts: all that you will ask for, with the negative ones that are not empty: they are encoded now and the
-            text encoders are gone, which saves 15 GB of main memory. None keeps the encoders for any prompt.
+        prompts: all that you will ask `generate_video` for, with the negative ones that are not empty: they are
+            encoded now and the text encoders go, which saves 15 GB of main memory. None keeps the encoders for any
+            prompt.
 
     Returns:
-        The pipeline of diffusers; its own methods work as usual.
+        The pipeline of diffusers; its own methods work as usual, where no `prompts` were given.
 
     Raises:
         UserError: if there is no pipeline, or a LoRA cannot be read or does not fit.
@@ -123,6 +124,6 @@ def load_pipeline(
         offloading=offloading,
         group_offloading=group_offloading,
         vae_tiling=vae_tiling,
-        prompts=None if prompts is None else ["", *prompts],
+        prompts=[prompts] if isinstance(prompts, str) else prompts,
     )
     return pipeline

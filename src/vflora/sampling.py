@@ -61,11 +61,12 @@ def fit_image(pipeline: Pipeline, image: Image.Image) -> Image.Image:
 def keep_prompts(pipeline: Pipeline, prompts: Iterable[str], device: torch.device) -> None:
     """Encodes prompts and lets the text encoders go, in place: the pipeline then knows these prompts and no others.
 
-    Of the real size they are 15 of 35 GB, and the transformer, which is the next 17, need not be there yet.
+    Of the real size they take 15 GB and the transformer 17: called before that is loaded, they are never there
+    together.
 
     Args:
         pipeline: with text encoders in main memory; with or without a transformer.
-        prompts: every one that will be asked for, negative ones and the empty one too.
+        prompts: every one that will be asked for, negative ones too; the empty one is always kept.
         device: where to encode; text encoders that have no room there come layer by layer.
     """
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
@@ -74,7 +75,7 @@ def keep_prompts(pipeline: Pipeline, prompts: Iterable[str], device: torch.devic
     with (
         # Page-locked memory would stay when they are gone, and for a few prompts it is not worth its making.
         Guests(device, pin=False).visit(*(encoder.requires_grad_(False) for encoder in encoders)),
-        tqdm(list(dict.fromkeys(prompts)), desc="encoding prompts", leave=False, delay=2) as bar,
+        tqdm(list(dict.fromkeys(["", *prompts])), desc="encoding prompts", leave=False, delay=2) as bar,
     ):
         for prompt in bar:
             values = pipeline.encode_prompt(prompt, device=device, dtype=dtype, batch_size=1)

@@ -1,7 +1,7 @@
 """`vflora bench generate`: seconds and memory of a video, on random weights of the real or a small size.
 
-The text encoders are left out: their work takes a moment before the first sampling step, and they are then as far
-away as the mode says. Everything else is there and placed as `vflora generate` places it.
+The text encoders are left out: `vflora generate` encodes its prompts first and lets them go before the transformer
+comes. Everything else is there and placed as it places it.
 """
 
 from __future__ import annotations

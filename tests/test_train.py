@@ -67,7 +67,6 @@ def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path, cap
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--num_workers", "0"],
         ["--num_workers", "2"],
         ["--trajectory_reuse", "3", "--gradient_accumulation_steps", "2", "--use_muon", "false"]
         + ["--rollout_guidance_scale", "3", "--harvest_below", "1"],

@@ -91,7 +91,6 @@ def test_two_agents_on_one_machine_meet_as_two_machines_would(flags, tmp_path, l
     ("arguments", "sentence"),
     [
         (("train.py", "--no_such_flag", "1"), "no_such_flag"),
-        (("train.py", "--pipeline_dir", "nowhere", "--sp_size", "3"), "2 processes do not divide by --sp_size 3"),
         (("generate.py", "--model_path", "nowhere", "--prompt", "a"), "There is no model at nowhere"),
     ],
 )

@@ -52,7 +52,7 @@ def alone(small_models, small_data, tmp_path_factory):
     return tmp_path_factory.mktemp("alone") / "run"
 
 
-@pytest.mark.parametrize(("processes", "sp_size"), [(2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("processes", "sp_size"), [(2, 1), (2, 2), (4, 2)])
 def test_same_losses_as_one_process_on_the_same_global_batch(train, alone, tmp_path, processes, sp_size):
     if not alone.exists():
         train(alone, 1)
@@ -77,7 +77,7 @@ def test_guided_rollouts_give_the_same_losses_too(train, tmp_path):
             assert found[step] == pytest.approx(wanted[step], rel=1e-4), (name, step)
 
 
-@pytest.mark.parametrize(("processes", "sp_size"), [(2, 1), (4, 2), (4, 1)])
+@pytest.mark.parametrize(("processes", "sp_size"), [(4, 2), (4, 1)])
 def test_validation_is_shared_and_the_same_for_any_number_of_processes(train, tmp_path, processes, sp_size):
     """Three samples: some processes have none left in the last round and must not hang the others."""
     extra = ["--enable_validation", "--val_num_samples", "3", "--val_video_length", "5", "--max_train_steps", "1"]

@@ -163,7 +163,7 @@ def _memory() -> Finding:
         return Finding(
             "warning",
             f"main memory: {free:.0f} GiB free; generating takes {_MAIN_MEMORY_GIB:.0f}, `vflora encode` 20, "
-            "training 16, or 21 with --mode low_memory (25 unless encoded before)",
+            "training 21 with --mode low_memory (reckoned: 25 unless encoded before, 16 without the mode)",
         )
     return Finding("ok", f"main memory: {free:.0f} GiB free")
 

@@ -19,17 +19,22 @@ def folder(request, tmp_path_factory):
     return root
 
 
-def test_the_text_encoders_are_gone_when_the_transformer_comes(folder, monkeypatch):
-    def fill_when_alone(*arguments):
-        gc.collect()
-        assert not [thing for thing in gc.get_objects() if type(thing) in (Qwen2_5_VLTextModel, T5EncoderModel)]
-        fill(*arguments)
-        raise StopIteration  # what is loaded is no matter here
-
+def text_encoders_alive():
     gc.collect()
-    monkeypatch.setattr("vflora.inference.fill", fill_when_alone)
-    with pytest.raises(StopIteration):
-        load_for_sampling(str(folder), "480p_i2v", "fp32", "cpu", prompts=["it runs"])
+    return [id(thing) for thing in gc.get_objects() if type(thing) in (Qwen2_5_VLTextModel, T5EncoderModel)]
+
+
+def test_the_text_encoders_are_gone_when_the_transformer_comes(folder, monkeypatch):
+    there, seen = set(text_encoders_alive()), []
+
+    def look_and_fill(*arguments):
+        seen.append(set(text_encoders_alive()) - there)
+        fill(*arguments)
+
+    monkeypatch.setattr("vflora.inference.fill", look_and_fill)
+    for prompts, alive in ((["it runs"], 0), (None, 2)):
+        load_for_sampling(str(folder), "480p_i2v", "fp32", "cpu", prompts=prompts)
+        assert len(seen.pop()) == alive
 
 
 def test_prompts_encoded_ahead_make_the_same_video_without_text_encoders(folder):

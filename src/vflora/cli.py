@@ -303,7 +303,7 @@ def _let_memory_grow() -> None:
     without this, and do with it. Training, whose CUDA graphs hold memory in another way, was measured without.
     """
     if sys.platform == "linux" and not any(variable in os.environ for variable in _ALLOCATOR):
-        # The first name of this variable: PyTorch 2.9 does not know the later one.
+        # The older name, which every version reads.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 

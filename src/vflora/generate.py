@@ -92,14 +92,12 @@ def _generate(config: GenerateConfig, world: World) -> Path:
 
 
 def _load(config: GenerateConfig) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
-    device = torch_device(config.device)
-    waits = device.type != "cpu" and (config.offloading or config.group_offloading)
     pipeline = load_for_sampling(
         config.model_path,
         config.version,
         config.dtype,
-        device,
-        waits=waits,
+        torch_device(config.device),
+        waits=bool(config.offloading or config.group_offloading),
         prompts=(config.prompt, config.negative_prompt),
         resolution=config.resolution,
     )

@@ -122,7 +122,7 @@ def load_with_adapters(
     """
     for adapter in adapters:
         find_adapter(adapter)  # a wrong path should show before minutes of loading
-    waits = device.type != "cpu" and (offloading or group_offloading)
+    waits = offloading or group_offloading
     pipeline = load_for_sampling(model_path, transformer_version, dtype, device, waits=waits, prompts=prompts)
     added = add_adapters(pipeline.transformer, adapters, scales)
     acceleration.place(

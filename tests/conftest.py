@@ -162,8 +162,9 @@ def losses():
 
 # Real processes, quickly: a forkserver imports everything once and forks from there. The process of the tests itself
 # must not fork: torch has computed in it, and a child could wait for ever for a thread that it did not inherit.
+# Importing looks for a GPU, and where there is one, nothing that was forked after that may use it.
 TESTS = f"{Path(__file__).parent}{os.sep}"
-PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 PROCESSES.set_forkserver_preload(
     [
         *("cloudpickle", "vflora.cli", "vflora.train", "vflora.train_head", "vflora.rollouts", "vflora.generate"),

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLTextModel, T5EncoderModel
 
 from vflora.errors import UserError
-from vflora.inference import load_for_sampling
+from vflora.inference import load_for_sampling, load_with_adapters
 from vflora.models.random_weights import small_pipeline, small_text_to_video
 from vflora.models.streamed_weights import fill
 from vflora.sampling import generate_video, is_text_to_video
@@ -54,3 +54,23 @@ def test_prompts_encoded_ahead_make_the_same_video_without_text_encoders(folder)
         assert torch.equal(*videos)
     with pytest.raises(UserError, match="'it flies' was not encoded"):
         generate_video(light, picture, "it flies", seed=1, frames=5, steps=1)
+
+
+@pytest.mark.parametrize("group_offloading", [False, True])
+def test_offloading_changes_no_video(folder, device, group_offloading):
+    videos = []
+    for offloading in (False, True):
+        pipeline, _ = load_with_adapters(
+            str(folder),
+            [],
+            [1.0],
+            transformer_version="480p_i2v",
+            dtype="fp32",
+            device=torch.device(device),
+            offloading=offloading,
+            group_offloading=offloading and group_offloading,
+            vae_tiling=False,
+        )
+        picture = None if is_text_to_video(pipeline) else Image.linear_gradient("L").resize((64, 48))
+        videos.append(generate_video(pipeline, picture, "it runs", seed=1, frames=5, steps=2))
+    assert torch.equal(*videos)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from PIL import Image
 
 from vflora.errors import UserError
@@ -61,6 +62,13 @@ def test_in_fp32_it_equals_the_stock_pipeline(meanflow):
     stock = stock_video(pipe, image=PICTURE)
     ours = sample(pipe, steps=3)
     assert torch.allclose(ours.transpose(0, 1) / 2 + 0.5, stock, atol=1e-5)
+
+
+def test_a_pipeline_that_was_offloaded_before_it_was_prepared_is_refused():
+    pipe = pipeline()
+    cpu_offload_with_hook(pipe.transformer, execution_device="cpu")  # as pipe.enable_model_cpu_offload() does on a GPU
+    with pytest.raises(UserError, match="prepare_for_sampling"):
+        sample(pipe, steps=1)
 
 
 def test_in_bf16_it_is_nearer_to_the_exact_video_than_the_stock_pipeline():

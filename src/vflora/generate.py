@@ -17,7 +17,7 @@ from vflora.distributed.processes import World, joined
 from vflora.generate_config import GenerateConfig, default_output
 from vflora.inference import load_for_sampling, open_image, write_settings
 from vflora.run_folder import require_writable
-from vflora.sampling import Pipeline, default_steps, generate_video, prepare_for_sampling
+from vflora.sampling import Pipeline, default_steps, generate_video
 from vflora.shared_sampling import quicken, require_shareable, share, video_tokens, work_for_the_first
 from vflora.video_io import write_mp4
 
@@ -109,7 +109,6 @@ def _load(config: GenerateConfig) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
         alpha=config.lora_alpha,
         targets=config.lora_target_modules,
     )
-    prepare_for_sampling(pipeline)
     _accelerate(pipeline, config, _steps(config, pipeline))
     return pipeline, adapters
 

@@ -22,7 +22,7 @@ from vflora.errors import UserError
 from vflora.models.loading import load_encoders, load_vae, open_transformer, require_complete
 from vflora.models.streamed_weights import fill
 from vflora.resolution import TARGET_SIZES
-from vflora.sampling import Pipeline, keep_prompts
+from vflora.sampling import Pipeline, keep_prompts, prepare_for_sampling
 
 
 def open_image(path: Path, flag: str = "--image_path") -> Image.Image:
@@ -50,6 +50,8 @@ def load_for_sampling(
     resolution: str | None = None,
 ) -> Pipeline:
     """Loads an image-to-video pipeline, or a text-to-video one where the folder says that it holds one.
+
+    It comes prepared for sampling, since that has to be done before anything is offloaded.
 
     Args:
         model_path: folder or hub name.
@@ -81,6 +83,7 @@ def load_for_sampling(
     pipeline.register_modules(transformer=transformer)
     pipeline.target_size = transformer.config.target_size
     pipeline.vision_states_dim = transformer.config.image_embed_dim
+    prepare_for_sampling(pipeline)
     return pipeline.to(home)
 
 

@@ -18,6 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from vflora.errors import UserError
 from vflora.models.attention_choice import attend
 
 if TYPE_CHECKING:
@@ -79,7 +80,17 @@ def make_dense(transformer: HunyuanVideo15Transformer3DModel) -> None:
     """Gives `transformer` the dense attention and forward pass, in place.
 
     Calls keep the stock signature, with one difference: a mask of None says that every token is valid.
+
+    Raises:
+        UserError: if something has wrapped the forward pass, as offloading does, and would be lost.
     """
+    wrapped = vars(transformer).get("forward")
+    if wrapped is not None and getattr(wrapped, "__func__", None) is not _dense_forward:
+        raise UserError(
+            "This transformer is offloaded already, which a new forward pass would undo: load the pipeline with "
+            "vflora.load_pipeline(..., offloading=True), or call vflora.sampling.prepare_for_sampling(pipeline) before "
+            "you offload it."
+        )
     for block in transformer.transformer_blocks:
         block.attn.set_processor(DenseAttention())
     transformer.forward = MethodType(_dense_forward, transformer)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vflora.clips import Clips, as_sampled
 from vflora.data.pipeline import Place, TrainLoader
 from vflora.data.schema import DataSet
+from vflora.determinism import deterministic
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.models.conditions import ConditionEncoder
@@ -43,7 +44,8 @@ def run(settings: EncodeSettings) -> Path:
     if folder is None:
         raise UserError("vflora encode needs --condition_cache: the folder that it shall fill.")
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    claim_device(settings.model.torch_device(), size)
+    device = settings.model.torch_device()
+    claim_device(device, size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
     # Of the transformer only the configuration is read; but what it lacks would stop the training, too.
     require_pipeline(settings.model.pipeline_dir, "vae", "transformer", *ENCODERS)
@@ -57,10 +59,11 @@ def run(settings: EncodeSettings) -> Path:
     processes = settings.ahead.train_processes or max(1, size // settings.distributed.sp_size)
     plan = Plan.of(settings, processes)
     places = [plan.place(n) for n in range(rank, plan.rollouts(settings.optimizer.max_train_steps), size)]
-    share = _Share(Clips.load(settings, dataset).encoder)
     loader = TrainLoader(dataset, settings.data, seed=settings.run.seed, places=places)
     try:
-        done = _fill(share, besides, _goes(settings, loader, places, make_prompt), batches=len(places), rank=rank)
+        with deterministic(settings.speed.deterministic, device):  # the kernels of a training that encodes itself
+            share = _Share(Clips.load(settings, dataset).encoder)
+            done = _fill(share, besides, _goes(settings, loader, places, make_prompt), batches=len(places), rank=rank)
     finally:
         loader.close()
     if done < len(places):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from vflora.config import IdentityConfig
 from vflora.distributed.strips import Strips
 from vflora.losses import frame_buckets, identity_loss
 from vflora.models.identity import IdentityEmbedder
+from vflora.models.resizing import resize
 from vflora.models.video_vae import decode_frames
 from vflora.random_streams import keyed_generator
 from vflora.step_clock import StepClock
@@ -106,7 +106,5 @@ class IdentityTerm:
         mode = self.config.id_decode_downsample_mode
         if mode == "false":
             return latents
-        size = [max(1, round(n * self.config.id_decode_scale)) for n in latents.shape[-2:]]
-        frames = latents.transpose(1, 2).flatten(0, 1)
-        shrunk = interpolate(frames, size=size, mode=mode, antialias=mode == "bicubic")
-        return shrunk.unflatten(0, (latents.shape[0], -1)).transpose(1, 2)
+        height, width = (max(1, round(n * self.config.id_decode_scale)) for n in latents.shape[-2:])
+        return resize(latents, (height, width), mode)

@@ -19,6 +19,7 @@ from vflora.atomic import require_space, write_or_refuse
 from vflora.clips import as_sampled, noise_levels
 from vflora.config import TORCH_DTYPES, require
 from vflora.data.schema import DataSet
+from vflora.determinism import deterministic
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.folder_lock import held
@@ -46,12 +47,16 @@ def run(settings: RolloutsSettings) -> Path:
     if folder is None:
         raise UserError("vflora rollouts needs --trajectory_dir: the folder that it shall fill.")
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    claim_device(settings.model.torch_device(), size)
+    device = settings.model.torch_device()
+    claim_device(device, size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")
     noise_levels(settings)  # a pipeline that is not there must not begin a folder
     settings = as_sampled(settings)
     require_writable(folder, "--trajectory_dir")
-    with held(folder, "--trajectory_dir", rank=rank, size=size):
+    with (
+        held(folder, "--trajectory_dir", rank=rank, size=size),
+        deterministic(settings.speed.deterministic, device),  # the kernels of a training that rolls out itself
+    ):
         _fill(settings, dataset, folder, rank, size)
     return folder
 

@@ -77,7 +77,7 @@ FREE_TO_CHANGE = frozenset(
     | {"pipeline_dir", "wds_root", "device", "num_workers", "max_bad_samples", "condition_cache", "dino_model_dir"}
     | {"condition_lookahead", "dino_head_path", "pretrained_lora_path", "max_train_steps", "prompt_bank"}
     | {"prompt_builder", "batch_size", "gradient_accumulation_steps"}
-    | {"compile", "attention_backend", "enable_gradient_checkpointing", "block_offload"}
+    | {"compile", "attention_backend", "enable_gradient_checkpointing", "block_offload", "deterministic"}
     | {"mode", "id_decode_recompute", "id_decode_tile", "keep_student_graph", "rollout_graphs", "student_graphs"}
 )
 """Settings that a resumed run may have otherwise: they say where things are and how they are computed, not what is

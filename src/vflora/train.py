@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vflora.checkpoint import CheckpointWriter, RunState, leave_later
 from vflora.config import require
+from vflora.determinism import deterministic
 from vflora.distributed.processes import joined
 from vflora.learning import learn
 from vflora.models.lora import ADAPTER
@@ -55,7 +56,12 @@ def opened(settings: TrainSettings) -> Iterator[Run]:
         UserError: for whatever is wrong with the settings, the data, the models or the checkpoint.
     """
     place = settings.run.output_dir, settings.run.resume_from_checkpoint
-    with joined(settings.distributed.sp_size, settings.model.torch_device()) as world, ExitStack() as closing:
+    device = settings.model.torch_device()
+    with (
+        joined(settings.distributed.sp_size, device) as world,
+        deterministic(settings.speed.deterministic, device),
+        ExitStack() as closing,
+    ):
         world.from_main(lambda: closing.enter_context(reserved(*place)))
         training = set_up(settings, world)
         tracer = _tracer(training)

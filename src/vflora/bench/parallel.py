@@ -27,6 +27,7 @@ from tqdm import tqdm
 from vflora.bench.setting import BenchConfig, Setting, build_setting
 from vflora.bench.step import device_name, measure
 from vflora.config import require
+from vflora.determinism import deterministic
 from vflora.devices import torch_device
 from vflora.distributed.processes import ALONE, World, joined
 from vflora.models.speed_config import SpeedConfig
@@ -73,7 +74,7 @@ def run(settings: BenchParallelSettings) -> None:
         "`torchrun --standalone --nproc_per_node=2 -m vflora.cli bench parallel`.",
     )
     config, device = settings.bench, torch_device(settings.bench.device)
-    with joined(1, device) as together:
+    with joined(1, device) as together, deterministic(settings.speed.deterministic, device):
         worlds = {way: _world(way, together, device) for way in settings.parallel.ways}
         for way in worlds:
             require_shareable(settings.speed, sharded=_is_sharded(way))

@@ -14,6 +14,8 @@ import torch
 from tqdm import tqdm
 
 from vflora.bench.setting import BenchConfig, Setting, build_setting
+from vflora.determinism import deterministic
+from vflora.devices import torch_device
 from vflora.distributed.processes import ALONE, World
 from vflora.learning import learn
 from vflora.models.speed_config import SpeedConfig
@@ -39,16 +41,17 @@ def run(settings: BenchStepSettings) -> None:
     """
     began = time.perf_counter()
     config = settings.bench
-    setting = build_setting(config, settings.speed)
-    built_s = time.perf_counter() - began
-    result = {
-        "device": device_name(setting.device),
-        "torch": torch.__version__,
-        "bench": {k: str(v) if k == "output" else v for k, v in asdict(config).items()},
-        "speed": asdict(settings.speed),
-        "build_s": built_s,
-        **measure(setting, config),
-    }
+    with deterministic(settings.speed.deterministic, torch_device(config.device)):
+        setting = build_setting(config, settings.speed)
+        built_s = time.perf_counter() - began
+        result = {
+            "device": device_name(setting.device),
+            "torch": torch.__version__,
+            "bench": {k: str(v) if k == "output" else v for k, v in asdict(config).items()},
+            "speed": asdict(settings.speed),
+            "build_s": built_s,
+            **measure(setting, config),
+        }
     tqdm.write(table([result]))
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from vflora.errors import UserError
 from vflora.model_check import check_json, check_weights
 from vflora.models.projection_head import ProjectionHead, load_head
+from vflora.models.resizing import resize
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _KINDS = ("dinov3_vit", "dinov3_convnext")
@@ -51,9 +52,7 @@ class Preprocessing:
         """Maps [B, 3, H, W] in [-1, 1] to normalised pixels [B, 3, *size], fp32, differentiably."""
         pixels = (images.float() * 0.5 + 0.5).clamp(0, 1)
         if tuple(pixels.shape[-2:]) != self.size:
-            pixels = nn.functional.interpolate(
-                pixels, size=self.size, mode="bilinear", antialias=True, align_corners=False
-            )
+            pixels = resize(pixels, self.size, "bilinear")
         mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
 

@@ -52,6 +52,9 @@ class SpeedConfig:
     and 15 GiB less on the GPU, or 7 of 8-bit weights."""
     id_decode_recompute: bool = True
     """Compute the decoder's activations again in the backward pass of the identity loss; false is faster."""
+    deterministic: bool = True
+    """On a GPU, add up gradients in the same order every time: a run that is repeated or resumed there has the same
+    losses to the last bit."""
     id_decode_tile: int | None = None
     """Decode in tiles with sides of so many pixels, one at a time: the same result with the least memory."""
 

@@ -1,0 +1,55 @@
+"""Every sum in the same order every time: what makes a run on a GPU repeatable to the last bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from vflora.errors import UserError
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Inside, kernels of a GPU that add up in an order of their own give way to others that do not.
+
+    On the CPU they do so anyway. Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
+
+    Args:
+        wanted: whether to change anything.
+        device: where to compute.
+
+    Raises:
+        UserError: if this process has multiplied on a GPU before, with a workspace that cuBLAS is not repeatable with.
+    """
+    if not wanted or device.type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every empty tensor would be written once more
+    try:
+        _require_repeatable_products(device)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _require_repeatable_products(device: torch.device) -> None:
+    """PyTorch looks at the variable once, at the first product: in a notebook that may have been long before."""
+    try:
+        torch.mm(torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))
+    except RuntimeError as error:
+        if _WORKSPACE not in str(error):
+            raise
+        raise UserError(
+            f"--deterministic true needs {_WORKSPACE}=:4096:8 set before Python starts, where this process has used "
+            "the GPU already: set it and start again, or give --deterministic false."
+        ) from error

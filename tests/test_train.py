@@ -84,6 +84,23 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(
     assert losses(cut) == losses(whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--compile", "true"],
+        ["--mode", "low_memory", "--id_decode_tile", "32", "--id_decode_downsample_mode", "area"],
+        ["--rollout_graphs", "true", "--student_graphs", "true", "--keep_student_graph", "true"],
+    ],
+)
+def test_on_a_gpu_a_run_can_be_repeated_to_the_last_bit(train_flags, tmp_path, extra, losses):
+    flags = [*train_flags, "--device", "cuda", "--dtype", "bf16", *extra]
+    for name in ("first", "second"):
+        run(parse("train", [*flags, "--output_dir", str(tmp_path / name)]))
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_sigterm_saves_the_step_and_exits(train_flags, tmp_path, fork):
     flags = [*train_flags, "--max_train_steps", "100000", "--save_every_steps", "100000"]
     process = fork(lambda: sys.exit(main(["train", *flags])), log=tmp_path / "stderr")

@@ -61,7 +61,7 @@ def run(settings: EncodeSettings) -> Path:
     places = [plan.place(n) for n in range(rank, plan.rollouts(settings.optimizer.max_train_steps), size)]
     loader = TrainLoader(dataset, settings.data, seed=settings.run.seed, places=places)
     try:
-        with deterministic(settings.speed.deterministic, device):  # the kernels of a training that encodes itself
+        with deterministic(settings.speed.is_deterministic, device):  # the kernels of a training that encodes itself
             share = _Share(Clips.load(settings, dataset).encoder)
             done = _fill(share, besides, _goes(settings, loader, places, make_prompt), batches=len(places), rank=rank)
     finally:

@@ -55,7 +55,7 @@ def run(settings: RolloutsSettings) -> Path:
     require_writable(folder, "--trajectory_dir")
     with (
         held(folder, "--trajectory_dir", rank=rank, size=size),
-        deterministic(settings.speed.deterministic, device),  # the kernels of a training that rolls out itself
+        deterministic(settings.speed.is_deterministic, device),  # the kernels of a training that rolls out itself
     ):
         _fill(settings, dataset, folder, rank, size)
     return folder

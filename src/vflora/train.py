@@ -59,7 +59,7 @@ def opened(settings: TrainSettings) -> Iterator[Run]:
     device = settings.model.torch_device()
     with (
         joined(settings.distributed.sp_size, device) as world,
-        deterministic(settings.speed.deterministic, device),
+        deterministic(settings.speed.is_deterministic, device),
         ExitStack() as closing,
     ):
         world.from_main(lambda: closing.enter_context(reserved(*place)))

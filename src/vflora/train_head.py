@@ -24,6 +24,7 @@ from vflora.atomic import replace_file
 from vflora.checkpoint import leave_later
 from vflora.data.augment import VaeRoundTrip
 from vflora.data.identities import HeadLoader, IdentityIndex
+from vflora.determinism import deterministic
 from vflora.distributed.processes import World
 from vflora.errors import NonFiniteError
 from vflora.head.checkpoint import LAST_HEAD_FILE, HeadState, save_state, starting_point
@@ -53,7 +54,7 @@ def run(config: HeadConfig) -> Path:
     """
     accelerator = Accelerator(mixed_precision="no")
     world = World(accelerator.process_index, accelerator.num_processes)
-    with ExitStack() as closing:
+    with deterministic(config.deterministic, accelerator.device), ExitStack() as closing:
         world.from_main(lambda: closing.enter_context(reserved(config.output_dir, config.resume_from_checkpoint)))
         training = _set_up(config, accelerator)
         try:

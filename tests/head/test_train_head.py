@@ -49,7 +49,6 @@ def _written(config):
 
 def _run_script(settings):
     """The script that is started by its path, in a process of its own."""
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     sys.argv = ["train_projection_head.py", "--config", str(settings)]
     runpy.run_path(str(ROOT / "identity_loss" / "train_projection_head.py"), run_name="__main__")
 
@@ -109,7 +108,10 @@ def test_a_run_leaves_heads_metrics_pictures_and_settings(config, model_dir, cap
         assert torch.equal(_weights(folder), _weights(folder / "checkpoint-10"))
 
 
-@pytest.mark.parametrize(("cut", "accumulate"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("cut", "accumulate"),
+    [(signal.SIGKILL, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGKILL, 2, marks=pytest.mark.gpu)],
+)
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(config, tmp_path, fork, cut, accumulate):
     """With two data workers before the cut, and none after it and in the run that is never cut."""
     config = replace(config, total_steps=18, val_every=9, grad_accum=accumulate, augment_flip=0.5)

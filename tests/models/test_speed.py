@@ -122,6 +122,14 @@ def test_eight_bit_storage_reaches_every_layer_of_the_blocks():
     assert not [n for n, p in block.named_parameters() if "lora" not in n and p.ndim == 2]
 
 
+def test_gradients_have_an_order_unless_the_kernel_has_none_or_nobody_wants_one():
+    assert SpeedConfig().is_deterministic
+    assert SpeedConfig.preset("low_memory").is_deterministic
+    assert not SpeedConfig.preset("fast").is_deterministic  # with cuDNN's kernel
+    assert not SpeedConfig(attention_backend="cudnn").is_deterministic
+    assert not SpeedConfig(deterministic=False).is_deterministic
+
+
 def test_rollouts_are_led_by_the_denoiser_itself_unless_asked_otherwise():
     denoiser, acceleration = make(SpeedConfig())
     assert acceleration.teacher(denoiser, lambda n: ()) is denoiser
@@ -136,6 +144,7 @@ def test_rollouts_are_led_by_the_denoiser_itself_unless_asked_otherwise():
         ({"id_decode_tile": 8}, "--id_decode_tile"),
         ({"block_offload": True, "enable_gradient_checkpointing": "false"}, "drop --enable_gradient_checkpointing"),
         ({"rollout_precision": "fp8", "weight_storage": "int8"}, "--weight_storage fp8 or full"),
+        ({"deterministic": True, "attention_backend": "cudnn"}, "--attention_backend native"),
     ],
 )
 def test_settings_that_cannot_work_name_their_fix(settings, fix):

@@ -74,7 +74,7 @@ def run(settings: BenchParallelSettings) -> None:
         "`torchrun --standalone --nproc_per_node=2 -m vflora.cli bench parallel`.",
     )
     config, device = settings.bench, torch_device(settings.bench.device)
-    with joined(1, device) as together, deterministic(settings.speed.deterministic, device):
+    with joined(1, device) as together, deterministic(settings.speed.is_deterministic, device):
         worlds = {way: _world(way, together, device) for way in settings.parallel.ways}
         for way in worlds:
             require_shareable(settings.speed, sharded=_is_sharded(way))

@@ -41,7 +41,7 @@ def run(settings: BenchStepSettings) -> None:
     """
     began = time.perf_counter()
     config = settings.bench
-    with deterministic(settings.speed.deterministic, torch_device(config.device)):
+    with deterministic(settings.speed.is_deterministic, torch_device(config.device)):
         setting = build_setting(config, settings.speed)
         built_s = time.perf_counter() - began
         result = {

@@ -31,6 +31,7 @@ _FREE_TO_CHANGE = {
     "keep_checkpoints",
     "logger",
     "resume_from_checkpoint",
+    "deterministic",
     "vae_dir",
     "pipeline_dir",
 }
@@ -150,6 +151,10 @@ class HeadConfig(AugmentConfig):
 
     resume_from_checkpoint: str | None = None
     """A checkpoint folder, `latest` for the newest one in --output_dir, or `auto`: the newest one if there is any."""
+
+    deterministic: bool = True
+    """On a GPU, add up gradients in the same order every time: a run that is resumed or repeated on one machine has
+    the same losses to the last bit."""
 
     def __post_init__(self) -> None:
         """Checks the ranges.

@@ -52,9 +52,9 @@ class SpeedConfig:
     and 15 GiB less on the GPU, or 7 of 8-bit weights."""
     id_decode_recompute: bool = True
     """Compute the decoder's activations again in the backward pass of the identity loss; false is faster."""
-    deterministic: bool = True
-    """On a GPU, add up gradients in the same order every time: a run that is repeated or resumed there has the same
-    losses to the last bit."""
+    deterministic: bool | None = None
+    """On a GPU, add up gradients in the same order every time: a run that is resumed or repeated on one machine has
+    the same losses to the last bit. By default true, but not with the cudnn kernel, which has no such order."""
     id_decode_tile: int | None = None
     """Decode in tiles with sides of so many pixels, one at a time: the same result with the least memory."""
 
@@ -73,6 +73,11 @@ class SpeedConfig:
         require(mode in _PRESETS, f"There is no mode {mode}: use {', '.join(_PRESETS)}.")
         return cls(**{"mode": mode, **_PRESETS[mode], **flags})
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether gradients have an order."""
+        return self.attention_backend != "cudnn" if self.deterministic is None else self.deterministic
+
     def stride(self, guidance_scale: float) -> int:
         """Returns every how many points rollouts with so much guidance are computed."""
         return self.rollout_stride or (1 if guidance_scale == 1 else 2)
@@ -83,6 +88,11 @@ class SpeedConfig:
             self.mode == "exact" or not plain,
             f"--mode {self.mode} with every flag at its plain value is --mode exact: say so (in Python, "
             f'SpeedConfig.preset("{self.mode}") has what the mode stands for).',
+        )
+        require(
+            not (self.deterministic and self.attention_backend == "cudnn"),
+            "--deterministic true is more than --attention_backend cudnn can do, which adds up gradients in any order: "
+            "use --attention_backend native, or drop --deterministic.",
         )
         require(self.rollout_stride is None or self.rollout_stride >= 1, "--rollout_stride must be at least 1.")
         require(

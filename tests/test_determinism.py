@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -20,6 +22,22 @@ def test_on_a_gpu_sums_have_an_order_inside_and_the_setting_of_before_comes_back
         assert len({added_up(device).item() for _ in range(20)}) == 1
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def _too_late():
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    square = torch.ones(2, 2, device="cuda")
+    torch.mm(square, square)
+    with deterministic(True, square.device):
+        pass
+
+
+@pytest.mark.gpu
+def test_a_process_that_has_multiplied_before_is_told_what_to_set(fork, tmp_path):
+    process = fork(_too_late, log=tmp_path / "log")
+    process.join(120)
+    assert process.exitcode == 1
+    assert "UserError: Sums in a fixed order need CUBLAS_WORKSPACE_CONFIG=:4096:8" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(("wanted", "device"), [(True, "cpu"), (False, "cuda")])

@@ -50,6 +50,6 @@ def _require_repeatable_products(device: torch.device) -> None:
         if _WORKSPACE not in str(error):
             raise
         raise UserError(
-            f"--deterministic true needs {_WORKSPACE}=:4096:8 set before Python starts, where this process has used "
-            "the GPU already: set it and start again, or give --deterministic false."
+            f"Sums in a fixed order need {_WORKSPACE}=:4096:8 set before Python starts, where this process has used the "
+            "GPU already: set it and start again, or give --deterministic false."
         ) from error

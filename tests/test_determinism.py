@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vflora.determinism import deterministic
+from vflora.errors import UserError
 
 
 def added_up(device):
@@ -22,6 +23,17 @@ def test_on_a_gpu_sums_have_an_order_inside_and_the_setting_of_before_comes_back
         assert len({added_up(device).item() for _ in range(20)}) == 1
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.gpu
+def test_a_kernel_without_an_order_is_refused_with_the_flag_that_lets_it_be():
+    image = torch.ones(1, 1, 30, 53, device="cuda", requires_grad=True)
+    with (
+        pytest.raises(UserError, match="adaptive_avg_pool2d_backward.* on this GPU: give --deterministic false"),
+        deterministic(True, image.device),
+    ):
+        torch.nn.functional.adaptive_avg_pool2d(image, (15, 26)).sum().backward()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def _too_late():

@@ -11,22 +11,24 @@ import torch
 from vflora.errors import UserError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_REFUSAL = " does not have a deterministic implementation"  # PyTorch's words
 
 
 @contextmanager
 def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
     """Inside, kernels of a GPU that add up in an order of their own give way to others that do not.
 
-    On the CPU they do so anyway. Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
+    On the CPU there are none of the first kind. Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
 
     Args:
         wanted: whether to change anything.
         device: where to compute.
 
     Raises:
-        UserError: if this process has multiplied on a GPU before, with a workspace that cuBLAS is not repeatable with.
+        UserError: if this process has multiplied on a GPU before, with a workspace that cuBLAS is not repeatable with;
+            or from inside, where PyTorch has no kernel that adds up in order.
     """
-    if not wanted or device.type == "cpu":
+    if not wanted or device.type != "cuda":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -37,6 +39,11 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
     try:
         _require_repeatable_products(device)
         yield
+    except RuntimeError as error:
+        kernel, refused, _ = str(error).partition(_REFUSAL)
+        if not refused:
+            raise
+        raise UserError(f"{kernel}{_REFUSAL} on this GPU: give --deterministic false.") from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
@@ -50,6 +57,6 @@ def _require_repeatable_products(device: torch.device) -> None:
         if _WORKSPACE not in str(error):
             raise
         raise UserError(
-            f"Sums in a fixed order need {_WORKSPACE}=:4096:8 set before Python starts, where this process has used the "
-            "GPU already: set it and start again, or give --deterministic false."
+            f"Sums in a fixed order need {_WORKSPACE}=:4096:8 set before Python starts, where this process has used "
+            "the GPU already: set it and start again, or give --deterministic false."
         ) from error

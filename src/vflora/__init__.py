@@ -7,7 +7,11 @@ nothing.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# The workspace with which cuBLAS is repeatable, see determinism.py: PyTorch looks once, at a process's first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
     from vflora.demo import world_folder as world_folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,7 +32,6 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    os.environ.setdefault(_WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # every empty tensor would be written once more
     try:
@@ -43,20 +41,20 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
         kernel, refused, _ = str(error).partition(_REFUSAL)
         if not refused:
             raise
-        raise UserError(f"{kernel}{_REFUSAL} on this GPU: give --deterministic false.") from error
+        raise UserError(f"{kernel} cannot add up in a fixed order on this GPU: give --deterministic false.") from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _require_repeatable_products(device: torch.device) -> None:
-    """PyTorch looks at the variable once, at the first product: in a notebook that may have been long before."""
+    """PyTorch looks at the variable once, at the process's first product, which may have been long before."""
     try:
         torch.mm(torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))
     except RuntimeError as error:
         if _WORKSPACE not in str(error):
             raise
         raise UserError(
-            f"Sums in a fixed order need {_WORKSPACE}=:4096:8 set before Python starts, where this process has used "
-            "the GPU already: set it and start again, or give --deterministic false."
+            f"Sums in a fixed order need {_WORKSPACE}=:4096:8, and this process has used the GPU without: import "
+            "vflora before that, or give --deterministic false."
         ) from error

@@ -84,12 +84,12 @@ def make_dense(transformer: HunyuanVideo15Transformer3DModel) -> None:
     Raises:
         UserError: if something has wrapped the forward pass, as offloading does, and would be lost.
     """
-    wrapped = vars(transformer).get("forward")
-    if wrapped is not None and getattr(wrapped, "__func__", None) is not _dense_forward:
+    own = vars(transformer).get("forward")
+    if own is not None and getattr(own, "__func__", None) not in (_dense_forward, type(transformer).forward):
         raise UserError(
-            "This transformer is offloaded already, which a new forward pass would undo: load the pipeline with "
-            "vflora.load_pipeline(..., offloading=True), or call vflora.sampling.prepare_for_sampling(pipeline) before "
-            "you offload it."
+            "This transformer's forward pass is wrapped already, by offloading for instance, which would be lost: load "
+            "the pipeline with vflora.load_pipeline(..., offloading=True), or call "
+            "vflora.sampling.prepare_for_sampling(pipeline) before you offload or compile it."
         )
     for block in transformer.transformer_blocks:
         block.attn.set_processor(DenseAttention())

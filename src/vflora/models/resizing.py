@@ -2,7 +2,7 @@
 
 PyTorch's own backward passes of antialiased and of area interpolation add with atomics on a GPU, in whatever order
 the threads come, and have no other form. But each side is resized by a fixed linear map, and a product of matrices has
-an order.
+an order. Where products are allowed TF32, pixels are rounded to its 10 bits.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,8 @@ from vflora.checkpoint import leave_later
 from vflora.data.augment import VaeRoundTrip
 from vflora.data.identities import HeadLoader, IdentityIndex
 from vflora.determinism import deterministic
-from vflora.distributed.processes import World
+from vflora.devices import torch_device
+from vflora.distributed.processes import World, claim_device
 from vflora.errors import NonFiniteError
 from vflora.head.checkpoint import LAST_HEAD_FILE, HeadState, save_state, starting_point
 from vflora.head.config import HeadConfig
@@ -52,7 +54,9 @@ def run(config: HeadConfig) -> Path:
     Raises:
         UserError: for bad input, and NonFiniteError where a loss or gradient is not finite.
     """
-    accelerator = Accelerator(mixed_precision="no")
+    device = torch_device(config.device)
+    claim_device(device, int(os.environ.get("WORLD_SIZE", "1")))
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     world = World(accelerator.process_index, accelerator.num_processes)
     with deterministic(config.deterministic, accelerator.device), ExitStack() as closing:
         world.from_main(lambda: closing.enter_context(reserved(config.output_dir, config.resume_from_checkpoint)))

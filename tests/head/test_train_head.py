@@ -57,7 +57,6 @@ def _run_checked(rank, port, settings):
     """One of two processes as torchrun starts them; ends with an error where leaving the group could wait forever."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     destroy = torch.distributed.destroy_process_group
 
     def checked(*arguments):
@@ -141,7 +140,8 @@ def run_as_two(fork, tmp_path):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         logs = [tmp_path / "0.log", tmp_path / "1.log"]
-        processes = [fork(_run_checked, rank, port, _written(config), log=log) for rank, log in enumerate(logs)]
+        settings = _written(replace(config, device="cpu"))
+        processes = [fork(_run_checked, rank, port, settings, log=log) for rank, log in enumerate(logs)]
         try:
             for process in processes:
                 process.join(200)
@@ -227,6 +227,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(config):
         ({"model_dir": Path("nowhere")}, "hf download"),
         ({"vae_dir": Path("nowhere")}, "no VAE.*hf download"),
         ({"resume_from_checkpoint": "latest"}, "holds no checkpoint"),
+        ({"device": "cuda:99"}, "--device cuda:99 is not on this machine"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_leaves_nothing_behind(options, changed, sentence):

@@ -32,6 +32,7 @@ _FREE_TO_CHANGE = {
     "logger",
     "resume_from_checkpoint",
     "deterministic",
+    "device",
     "vae_dir",
     "pipeline_dir",
 }
@@ -133,6 +134,9 @@ class HeadConfig(AugmentConfig):
 
     model_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the frozen backbone; the head trains in fp32."""
+
+    device: str = "auto"
+    """Where to train: auto takes the accelerator if there is one, else the CPU."""
 
     vae_dir: Path | None = None
     """Folder of the video VAE, for augmentation by a round trip through it."""

@@ -25,7 +25,14 @@ _CREATURES, _IDENTITIES, _PICTURES = 384, 48, 12
 
 
 def train_world_head(
-    folder: Path, *, size: int, steps: int = HEAD_STEPS, creatures: int = 0, identities: int = 0, seed: int = 0
+    folder: Path,
+    *,
+    size: int,
+    steps: int = HEAD_STEPS,
+    creatures: int = 0,
+    identities: int = 0,
+    seed: int = 0,
+    device: str = "auto",
 ) -> None:
     """Trains the head on stills of the creatures of the split "train" and keeps it in `folder`/head.
 
@@ -36,6 +43,7 @@ def train_world_head(
         creatures: that it meets; 0 for all 384 of the split.
         identities: that a step compares; 0 for 48.
         seed: of everything random.
+        device: as the flag has it.
 
     Raises:
         UserError: if there is no DINOv3 yet.
@@ -56,16 +64,19 @@ def train_world_head(
             limit=creatures,
         )
         pack_stills(pictures, data, size=size)
-        fit_head(dino, data, run, steps=steps, identities=min(identities or _IDENTITIES, creatures), seed=seed)
+        identities = min(identities or _IDENTITIES, creatures)
+        fit_head(dino, data, run, steps=steps, identities=identities, seed=seed, device=device)
         write_folder(folder / "head", lambda head: shutil.copyfile(run / HEAD_FILE, head / HEAD_FILE) and None)
 
 
-def fit_head(dino: Path, data: Path, output: Path, *, steps: int, identities: int, seed: int) -> None:
+def fit_head(
+    dino: Path, data: Path, output: Path, *, steps: int, identities: int, seed: int, device: str = "auto"
+) -> None:
     """Trains a head on packed stills with `vflora train-head`, so many identities a step."""
     flags = ["--model_dir", str(dino), "--wds_root", str(data), "--output_dir", str(output), "--num_workers", "0"]
     flags += ["--id_key", "identity_id", "--pk_identities", str(identities), "--total_steps", str(steps)]
     flags += ["--val_every", str(steps), "--learning_rate", "1e-3", "--proj_dims", "128", "64"]
-    flags += ["--model_dtype", "fp32", "--seed", str(seed)]
+    flags += ["--model_dtype", "fp32", "--seed", str(seed), "--device", device]
     train_head.run(parse("train-head", flags))
     finished(output, steps)
 

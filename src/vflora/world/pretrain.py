@@ -144,6 +144,7 @@ def _run_stages(config: PretrainConfig, sizes: WorldSizes, device: torch.device)
                 creatures=config.pool,
                 identities=config.batch_size,
                 seed=config.seed,
+                device=config.device,
             )
         elif stage == "grader":
             grader = train_grader(

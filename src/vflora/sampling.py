@@ -73,8 +73,7 @@ def keep_prompts(pipeline: Pipeline, prompts: Iterable[str], device: torch.devic
     dtype = pipeline.text_encoder.dtype
     kept = {}
     with (
-        # Page-locked memory would stay when they are gone, and for a few prompts it is not worth its making.
-        Guests(device, pin=False).visit(*(encoder.requires_grad_(False) for encoder in encoders)),
+        Guests(device, once=True).visit(*(encoder.requires_grad_(False) for encoder in encoders)),
         tqdm(list(dict.fromkeys(["", *prompts])), desc="encoding prompts", leave=False, delay=2) as bar,
     ):
         for prompt in bar:

@@ -77,6 +77,15 @@ def test_a_guest_leaves_when_its_work_fails(monkeypatch):
         assert torch.equal(run(encoder), expected)
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_a_guest_who_comes_once_leaves_without_weights(encoder, device, room, monkeypatch):
+    monkeypatch.setattr(guests, "has_room", lambda device, size: room)
+    expected = run(encoder)
+    with Guests(torch.device(device), once=True).visit(encoder):
+        torch.testing.assert_close(run(encoder, device), expected, rtol=1e-4, atol=1e-4)
+    assert all(tensor.is_meta for tensor in (*encoder.parameters(), *encoder.buffers()))
+
+
 @pytest.mark.gpu
 def test_layer_by_layer_on_a_gpu_is_the_same_to_the_last_bit(encoder, monkeypatch):
     visits = {room: Guests(torch.device("cuda")) for room in (True, False)}

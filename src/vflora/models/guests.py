@@ -25,25 +25,29 @@ class Guests:
     no room comes in layers ever after.
     """
 
-    def __init__(self, device: torch.device, *, pin: bool = True):
+    def __init__(self, device: torch.device, *, once: bool = False):
         """Takes the device to be visited.
 
         Args:
             device: where guests work.
-            pin: page-lock what comes in layers, which quickens every visit but the first; PyTorch keeps that memory
-                when the guest is gone for good.
+            once: they come once and are gone for good: they leave without their weights, which takes no time, and what
+                comes in layers is not page-locked, which would quicken later visits and is memory that PyTorch keeps.
         """
-        self._device, self._pin = device, pin
+        self._device, self._once = device, once
         self._layered: dict[nn.Module, BlockOffload] = {}
 
     @contextmanager
     def visit(self, *models: nn.Module) -> Iterator[None]:
         """Has the models ready on the device inside, and gives their memory there back afterwards."""
-        with ExitStack() as departures:
-            for model in models:
-                departures.callback(self._send_back, model)
-                self._bring(model)
-            yield
+        try:
+            with ExitStack() as departures:
+                for model in models:
+                    departures.callback(self._send_back, model, "meta" if self._once else "cpu")
+                    self._bring(model)
+                yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _bring(self, model: nn.Module) -> None:
         size = _bytes(model)
@@ -51,7 +55,8 @@ class Guests:
             with suppress(torch.OutOfMemoryError):  # what is free may be in pieces
                 model.to(self._device)
                 return
-            self._send_back(model)
+            model.to("cpu")
+            torch.cuda.empty_cache()
         if model not in self._layered:
             logger.info(
                 "%s (%.1f GB) has no room beside the rest on the GPU and comes layer by layer, which takes longer",
@@ -59,16 +64,13 @@ class Guests:
                 size / 1e9,
             )
             stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-            self._layered[model] = BlockOffload(model, max(stacks, key=_bytes), self._device, pin=self._pin)
+            self._layered[model] = BlockOffload(model, max(stacks, key=_bytes), self._device, pin=not self._once)
         self._layered[model].begin()
 
-    def _send_back(self, model: nn.Module) -> None:
+    def _send_back(self, model: nn.Module, home: str) -> None:
         if model in self._layered:
             self._layered[model].end()
-        else:
-            model.to("cpu")
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        model.to(home)
 
 
 def _bytes(model: nn.Module) -> int:

@@ -59,13 +59,13 @@ def run(settings: EncodeSettings) -> Path:
     processes = settings.ahead.train_processes or max(1, size // settings.distributed.sp_size)
     plan = Plan.of(settings, processes)
     places = [plan.place(n) for n in range(rank, plan.rollouts(settings.optimizer.max_train_steps), size)]
-    loader = TrainLoader(dataset, settings.data, seed=settings.run.seed, places=places)
-    try:
-        with deterministic(settings.speed.is_deterministic, device):  # the kernels of a training that encodes itself
-            share = _Share(Clips.load(settings, dataset).encoder)
+    with deterministic(settings.speed.is_deterministic, device):  # the kernels of a training that encodes itself
+        share = _Share(Clips.load(settings, dataset).encoder)
+        loader = TrainLoader(dataset, settings.data, seed=settings.run.seed, places=places)
+        try:
             done = _fill(share, besides, _goes(settings, loader, places, make_prompt), batches=len(places), rank=rank)
-    finally:
-        loader.close()
+        finally:
+            loader.close()
     if done < len(places):
         logger.warning("stopped after %d of %d batches; the same line goes on from there", done, len(places))
     else:

@@ -58,7 +58,7 @@ def run(config: HeadConfig) -> Path:
     claim_device(device, int(os.environ.get("WORLD_SIZE", "1")))
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     world = World(accelerator.process_index, accelerator.num_processes)
-    with deterministic(config.deterministic, accelerator.device), ExitStack() as closing:
+    with deterministic(config.deterministic, device), ExitStack() as closing:
         world.from_main(lambda: closing.enter_context(reserved(config.output_dir, config.resume_from_checkpoint)))
         training = _set_up(config, accelerator)
         try:

@@ -44,14 +44,15 @@ def run(settings: BenchStepSettings) -> None:
     with deterministic(settings.speed.is_deterministic, torch_device(config.device)):
         setting = build_setting(config, settings.speed)
         built_s = time.perf_counter() - began
-        result = {
-            "device": device_name(setting.device),
-            "torch": torch.__version__,
-            "bench": {k: str(v) if k == "output" else v for k, v in asdict(config).items()},
-            "speed": asdict(settings.speed),
-            "build_s": built_s,
-            **measure(setting, config),
-        }
+        measured = measure(setting, config)
+    result = {
+        "device": device_name(setting.device),
+        "torch": torch.__version__,
+        "bench": {k: str(v) if k == "output" else v for k, v in asdict(config).items()},
+        "speed": asdict(settings.speed),
+        "build_s": built_s,
+        **measured,
+    }
     tqdm.write(table([result]))
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)

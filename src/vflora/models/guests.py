@@ -39,15 +39,12 @@ class Guests:
     @contextmanager
     def visit(self, *models: nn.Module) -> Iterator[None]:
         """Has the models ready on the device inside, and gives their memory there back afterwards."""
-        try:
-            with ExitStack() as departures:
-                for model in models:
-                    departures.callback(self._send_back, model, "meta" if self._once else "cpu")
-                    self._bring(model)
-                yield
-        finally:
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+        with ExitStack() as departures:
+            departures.callback(torch.cuda.empty_cache)  # when all have left
+            for model in models:
+                departures.callback(self._send_back, model)
+                self._bring(model)
+            yield
 
     def _bring(self, model: nn.Module) -> None:
         size = _bytes(model)
@@ -67,10 +64,10 @@ class Guests:
             self._layered[model] = BlockOffload(model, max(stacks, key=_bytes), self._device, pin=not self._once)
         self._layered[model].begin()
 
-    def _send_back(self, model: nn.Module, home: str) -> None:
+    def _send_back(self, model: nn.Module) -> None:
         if model in self._layered:
             self._layered[model].end()
-        model.to(home)
+        model.to("meta" if self._once else "cpu")
 
 
 def _bytes(model: nn.Module) -> int:

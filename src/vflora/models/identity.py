@@ -51,8 +51,7 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """Maps [B, 3, H, W] in [-1, 1] to normalised pixels [B, 3, *size], fp32, differentiably."""
         pixels = (images.float() * 0.5 + 0.5).clamp(0, 1)
-        if tuple(pixels.shape[-2:]) != self.size:
-            pixels = resize(pixels, self.size, "bilinear")
+        pixels = resize(pixels, self.size, "bilinear")
         mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
 

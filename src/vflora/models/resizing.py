@@ -18,7 +18,7 @@ Filter = Literal["area", "bilinear", "bicubic"]
 
 
 def resize(images: Tensor, size: tuple[int, int], mode: Filter) -> Tensor:
-    """Resizes images [..., H, W] to [..., *size], differentiably.
+    """Resizes images [..., H, W] to [..., *size], differentiably; images of that size are returned as they are.
 
     Args:
         images: of a floating type.
@@ -26,6 +26,8 @@ def resize(images: Tensor, size: tuple[int, int], mode: Filter) -> Tensor:
         mode: as `torch.nn.functional.interpolate` understands it, bilinear and bicubic with antialiasing, and with
             corners as pixels have them (`align_corners=False`).
     """
+    if tuple(images.shape[-2:]) == size:
+        return images
     down, across = (
         _weights(*sides, mode, images.device, images.dtype) for sides in zip(images.shape[-2:], size, strict=True)
     )

@@ -10,7 +10,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# The workspace with which cuBLAS is repeatable, see determinism.py: PyTorch looks once, at a process's first product.
+# The workspace with which cuBLAS is repeatable, see determinism.py. PyTorch 2.9 looks once, at a process's first
+# product; from 2.10 on it brings such a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ import torch
 
 from vflora.errors import UserError
 
-_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _REFUSAL = " does not have a deterministic implementation"  # PyTorch's words
 
 
@@ -24,8 +23,7 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
         device: where to compute.
 
     Raises:
-        UserError: if this process has multiplied on a GPU before, with a workspace that cuBLAS is not repeatable with;
-            or from inside, where PyTorch has no kernel that adds up in order.
+        UserError: from inside, where PyTorch has no kernel that adds up in order.
     """
     if not wanted or device.type != "cuda":
         yield
@@ -35,7 +33,6 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # every empty tensor would be written once more
     try:
-        _require_repeatable_products(device)
         yield
     except RuntimeError as error:
         kernel, refused, _ = str(error).partition(_REFUSAL)
@@ -45,16 +42,3 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def _require_repeatable_products(device: torch.device) -> None:
-    """PyTorch looks at the variable once, at the process's first product, which may have been long before."""
-    try:
-        torch.mm(torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))
-    except RuntimeError as error:
-        if _WORKSPACE not in str(error):
-            raise
-        raise UserError(
-            f"Sums in a fixed order need {_WORKSPACE}=:4096:8, and this process has used the GPU without: import "
-            "vflora before that, or give --deterministic false."
-        ) from error

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from vflora.cli import parse
 from vflora.train import run
@@ -85,6 +86,19 @@ def test_two_agents_on_one_machine_meet_as_two_machines_would(flags, tmp_path, l
             agent.kill()
     assert list(losses(tmp_path / "run")) == [1, 2]
     assert (tmp_path / "run" / "checkpoint-2" / "manifest.json").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sp_size", ["1", "2"])
+def test_a_run_by_two_gpus_can_be_repeated_to_the_last_bit(flags, tmp_path, losses, sp_size):
+    command = ["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *flags]
+    for name in ("first", "second"):
+        whole = ["--output_dir", str(tmp_path / name), "--sp_size", sp_size, "--device", "cuda", "--dtype", "bf16"]
+        process = start([*command, *whole])
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output[-9000:]
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Switches for time and memory: the defaults change nothing, the rest does what it says."""
 
+import itertools
 import logging
+from functools import partial
 
 import pytest
 import torch
+import torch._dynamo
 
 from vflora.errors import UserError
 from vflora.models.denoiser import Denoiser
@@ -84,23 +87,39 @@ def test_auto_recomputes_everything_where_memory_cannot_be_measured(transformer)
     assert recompute.kept == 0
 
 
-def test_compiled_blocks_share_their_code_over_prompts_of_any_length(monkeypatch, make_conditions):
-    import torch._dynamo as dynamo
-
-    dynamo.reset()
-    traced = []
+@pytest.fixture
+def compiled(monkeypatch):
+    """A denoiser with compiled blocks, and a list to which every call adds the number of the code that ran."""
+    torch._dynamo.reset()
+    ran, numbers = [], itertools.count()
     compile_function = torch.compile
-    backend = lambda graph, inputs: traced.append(graph) or graph.forward  # noqa: E731
-    monkeypatch.setattr(torch, "compile", lambda f: compile_function(f, backend=backend))
+
+    def backend(graph, inputs):
+        number = next(numbers)
+        return lambda *values: ran.append(number) or graph.forward(*values)
+
+    monkeypatch.setattr(torch, "compile", partial(compile_function, backend=backend))
     transformer = small_transformer(layers=3)
     add_lora(transformer, rank=4, alpha=4, dropout=0.0, targets=None, seed=0)
-    denoiser = Denoiser(transformer)
     compile_blocks(transformer)
+    yield Denoiser(transformer), ran
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_share_their_code_over_prompts_of_any_length(compiled, make_conditions):
+    denoiser, ran = compiled
     for length in (5, 9, 13):
         with denoiser.teacher():
             denoiser.velocity(torch.randn(1, 4, 2, 4, 4), 0.5, make_conditions((length,)))
-    assert len(traced) == 1
-    dynamo.reset()
+    assert ran == [0] * 9
+
+
+def test_compiled_blocks_keep_their_code_when_videos_of_other_sizes_come_between(compiled, make_conditions):
+    denoiser, ran = compiled
+    for batch, frames in ((1, 2), (1, 3), (2, 2), (1, 2)):
+        with denoiser.teacher():
+            denoiser.velocity(torch.randn(batch, 4, frames, 4, 4), 0.5, make_conditions((7,) * batch))
+    assert ran == [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3, "a resumed run, which had not seen them, has the same code"
 
 
 def test_compiling_for_the_cpu_is_refused():

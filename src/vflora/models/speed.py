@@ -112,12 +112,14 @@ def accelerate_decoder(vae: AutoencoderKLHunyuanVideo15, config: SpeedConfig) ->
 def compile_blocks(transformer: HunyuanVideo15Transformer3DModel) -> None:
     """Compiles every block, in place; they share one compiled code for each way of being called.
 
-    Prompts differ in length, so the text tokens' dimension is declared dynamic at the first block, where every
+    Each size of video has code of its own, whatever came before: PyTorch would otherwise make code for any size when a
+    second one comes, use it for the first one too, and round otherwise than a run that was resumed in between. Prompts
+    differ in length all the time, so the text tokens' dimension is declared dynamic at the first block, where every
     compilation starts.
     """
     allow_recompiles()
     for block in transformer.transformer_blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, dynamic=False)
     transformer.transformer_blocks[0].register_forward_pre_hook(_declare_text_dynamic)
 
 

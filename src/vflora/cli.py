@@ -15,8 +15,9 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from vflora import __version__
 from vflora.arguments import explain, normalise
+from vflora.distributed.launch import is_first, process_count
 from vflora.distributed.modes import expand_mode_for
-from vflora.distributed.voice import first_to_say, is_first, said_once
+from vflora.distributed.voice import first_to_say, said_once
 from vflora.errors import UserError
 from vflora.help_text import HelpText
 from vflora.log_lines import AboveBars
@@ -208,7 +209,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     config_class = config_class_of(name)
     groups = config_groups(config_class)
     parser = build_parser(name, groups)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     given = set_aside(normalise(arguments, groups, COMMANDS[name].positionals), groups)
     complete = expand_mode_for(processes, given, groups)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from vflora.compare_config import CompareConfig, command_of
 from vflora.data.images import to_signed, to_tensor
 from vflora.deviation import deviations_on, record_path
 from vflora.devices import torch_device
+from vflora.distributed.launch import is_first
 from vflora.evaluate import Embedder, IdentityScores, deviation_by_sigma, embed_frames, identity_scores, score_video
 from vflora.inference import load_with_adapters
 from vflora.judge import Judge
@@ -55,7 +55,7 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
     Raises:
         UserError: if a file is missing or does not fit.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_first():
         return None
     samples = find_samples(
         config.images,

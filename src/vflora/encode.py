@@ -7,7 +7,6 @@ whole, and whoever starts makes what is missing of its share: so they may stop, 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from vflora.clips import Clips, as_sampled
 from vflora.data.pipeline import Place, TrainLoader
 from vflora.data.schema import DataSet
 from vflora.determinism import deterministic
+from vflora.distributed.launch import process_count, process_number
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.models.conditions import ConditionEncoder
@@ -43,7 +43,7 @@ def run(settings: EncodeSettings) -> Path:
     folder = condition_folder(settings)
     if folder is None:
         raise UserError("vflora encode needs --condition_cache: the folder that it shall fill.")
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = process_number(), process_count()
     device = settings.model.torch_device()
     claim_device(device, size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")

@@ -6,7 +6,6 @@ Rank, alpha and layers come from the checkpoint: nobody types them twice. Flags 
 from __future__ import annotations
 
 import logging
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from vflora.adapters import find_adapter, read_adapter
 from vflora.checkpoint import verify_checkpoint
 from vflora.config import TORCH_DTYPES, Precision, require
+from vflora.distributed.launch import is_first
 from vflora.errors import UserError
 from vflora.inference import open_image
 from vflora.models.lora_formats import LoraFormat, LoraModule, LoraWeights, build_header, write_lora
@@ -75,7 +75,7 @@ def run(config: ExportConfig) -> Path | None:
     Raises:
         UserError: if there is no adapter, a checkpoint file is damaged, or an override does not fit.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_first():
         return None
     if (config.checkpoint_path / "manifest.json").is_file():
         verify_checkpoint(config.checkpoint_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from vflora.adapters import AdapterInfo, add_adapters, find_adapter
 from vflora.atomic import require_space
 from vflora.config import require
 from vflora.devices import torch_device
+from vflora.distributed.launch import process_count
 from vflora.distributed.lending import borrowed
 from vflora.distributed.processes import World, joined
 from vflora.generate_config import GenerateConfig, default_output
@@ -33,7 +33,7 @@ def run(config: GenerateConfig) -> Path | None:
     Raises:
         UserError: if a file is missing, does not fit, or a setting does not go with the model.
     """
-    with joined(int(os.environ.get("WORLD_SIZE", "1")), torch_device(config.device)) as world:
+    with joined(process_count(), torch_device(config.device)) as world:
         require_shareable(config, world)
         world.from_main(lambda: _look_for_files(config))
         if world.is_main:

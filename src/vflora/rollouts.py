@@ -7,7 +7,6 @@ whole, and whoever starts makes what is missing of its share: so they may stop, 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from vflora.clips import as_sampled, noise_levels
 from vflora.config import TORCH_DTYPES, require
 from vflora.data.schema import DataSet
 from vflora.determinism import deterministic
+from vflora.distributed.launch import process_count, process_number
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.folder_lock import held
@@ -46,7 +46,7 @@ def run(settings: RolloutsSettings) -> Path:
     folder = settings.run.trajectory_dir
     if folder is None:
         raise UserError("vflora rollouts needs --trajectory_dir: the folder that it shall fill.")
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = process_number(), process_count()
     device = settings.model.torch_device()
     claim_device(device, size)
     dataset = DataSet.open(settings.data.wds_root, settings.data.metadata_key, "train")

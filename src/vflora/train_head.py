@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from vflora.data.augment import VaeRoundTrip
 from vflora.data.identities import HeadLoader, IdentityIndex
 from vflora.determinism import deterministic
 from vflora.devices import torch_device
+from vflora.distributed.launch import process_count
 from vflora.distributed.processes import World, claim_device
 from vflora.errors import NonFiniteError
 from vflora.head.checkpoint import LAST_HEAD_FILE, HeadState, save_state, starting_point
@@ -55,7 +55,7 @@ def run(config: HeadConfig) -> Path:
         UserError: for bad input, and NonFiniteError where a loss or gradient is not finite.
     """
     device = torch_device(config.device)
-    claim_device(device, int(os.environ.get("WORLD_SIZE", "1")))
+    claim_device(device, process_count())
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     world = World(accelerator.process_index, accelerator.num_processes)
     with deterministic(config.deterministic, device), ExitStack() as closing:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from vflora.data.schema import DataSet
 from vflora.data.validation import ValidationLoader
+from vflora.distributed.launch import is_first
 from vflora.distributed.processes import ALONE, World
-from vflora.distributed.voice import is_first
 from vflora.errors import UserError
 from vflora.evaluate import VideoScores, score_video, teacher_deviation
 from vflora.flow import clean_estimate

@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from vflora.bench.step import device_name, measure
 from vflora.config import require
 from vflora.determinism import deterministic
 from vflora.devices import torch_device
+from vflora.distributed.launch import process_count
 from vflora.distributed.processes import ALONE, World, joined
 from vflora.models.speed_config import SpeedConfig
 from vflora.student import require_shareable
@@ -67,7 +67,7 @@ def run(settings: BenchParallelSettings) -> None:
     Raises:
         UserError: for settings that cannot work, or a single process.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = process_count()
     require(
         size > 1,
         "vflora bench parallel compares several processes with one: start it with "

@@ -24,7 +24,7 @@ from vflora.data.sampling import IdentityBatches
 from vflora.data.schema import common_size, find_shards, fingerprint, read_manifest
 from vflora.data.shards import BadSampleError, Sample, labelled_samples
 from vflora.data.workers import start_workers
-from vflora.distributed.voice import is_first
+from vflora.distributed.launch import is_first
 from vflora.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers.utils import logging as transformers_logging
 
 from vflora.distributed.divisible import require_processes
-from vflora.distributed.voice import is_first
+from vflora.distributed.launch import is_first, process_count
 from vflora.distributed.watchdog import LostProcessError, Watchdog, attempt
 from vflora.errors import UserError
 
@@ -219,7 +219,7 @@ def start(sp_size: int, device: torch.device) -> World:
     Raises:
         UserError: if there are not the processes or the devices for it.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = process_count()
     require_processes(size, sp_size)
     claim_device(device, size)
     if size == 1:

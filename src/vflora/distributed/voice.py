@@ -8,13 +8,10 @@ import os
 from collections import Counter
 from datetime import timedelta
 
+from vflora.distributed.launch import process_count
+
 _PATIENCE = timedelta(seconds=5)
 _said: Counter[str] = Counter()
-
-
-def is_first() -> bool:
-    """Returns whether this is the only process of a run, or the first of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def first_to_say(message: str) -> bool:
@@ -23,7 +20,7 @@ def first_to_say(message: str) -> bool:
     Whoever is first says it, whichever its number, so that nothing is lost that happens to one process alone. They
     find out through torchrun's store. Said twice by one process it is said twice.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if process_count() == 1:
         return True
     # Here and not above: torch takes seconds to import, which --help has no need of.
     import torch.distributed as dist

@@ -14,7 +14,7 @@ from vflora.data.identities import IdentityIndex
 from vflora.data.images import to_tensor
 from vflora.data.sampling import keyed_random
 from vflora.data.shards import Sample
-from vflora.distributed.voice import is_first
+from vflora.distributed.launch import is_first
 from vflora.errors import UserError
 from vflora.head.config import HeadConfig
 from vflora.head.validation import ValidationFeatures

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from vflora.distributed.voice import is_first
+from vflora.distributed.launch import is_first
 from vflora.errors import UserError
 from vflora.models.guests import Guests
 from vflora.models.loading import load_encoders

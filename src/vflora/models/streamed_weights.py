@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vflora.distributed.voice import is_first
+from vflora.distributed.launch import is_first
 from vflora.errors import UserError
 
 Convert = Callable[[str, Tensor], dict[str, Tensor]]

@@ -155,7 +155,7 @@ def test_the_vae_learns(tmp_path):
         batch_size=8,
         crop=16,
         pool=32,
-        loop=LoopSettings(peak_lr=1e-3, muon_lr=5e-3, warmup_steps=5, log_every=5),
+        loop=LoopSettings(peak_lr=1e-3, muon_lr=3e-3, warmup_steps=5, log_every=5),
     )
     # A day, so that the rate, which follows the clock, is the same on every machine.
     clock = Clock(24 * 60)

@@ -53,6 +53,16 @@ def test_first_step_has_no_distillation_loss_because_the_student_is_the_teacher(
     assert first["loss/identity"] > 0.0
 
 
+def test_identity_is_logged_where_the_steps_that_judge_it_are_others_than_those_with_a_line(train_flags, tmp_path):
+    flags = ["--max_train_steps", "6", "--log_every_steps", "4", "--id_every_steps", "2"]
+    run(parse("train", [*train_flags, *flags]))
+    lines = {line.pop("step"): line for line in metrics(tmp_path / "run")}
+    judged = {"loss/identity", "lambda_id", "cosine/first_frame", "cosine/last_frame"}
+    assert list(lines) == [3, 4, 5, 6]
+    assert set(lines[3]) == set(lines[5]) == judged
+    assert not judged & (set(lines[4]) | set(lines[6]))
+
+
 def test_a_run_leaves_an_adapter_settings_and_metrics(train_flags, tmp_path, caplog):
     caplog.set_level("INFO")
     folder = run(parse("train", train_flags))

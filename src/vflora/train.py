@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _ROOM_FOR_PARTS = 160
 """Columns of a terminal from which on the parts of a step stand behind its bar; metrics.jsonl always has them."""
+_JUDGED = ("loss/identity", "lambda_id", "cosine/first_frame", "cosine/last_frame")
+"""What there is to say of a step only if it judged identity."""
 
 
 def run(settings: TrainSettings) -> Path:
@@ -102,8 +105,8 @@ class Run:
 
         Returns:
             The numbers of the step, under the names that metrics.jsonl has: loss/total, loss/distill (mean squared
-            error of velocities), loss/identity (mean of 1 - cosine, on steps that judge it), lambda_id,
-            gradient_norm, learning_rate, cosine/first_frame and cosine/last_frame, and seconds/step with its parts.
+            error of velocities), gradient_norm, learning_rate, seconds/step with its parts, and on steps that judge
+            identity loss/identity (mean of 1 - cosine), lambda_id, cosine/first_frame and cosine/last_frame.
 
         Raises:
             UserError: if a loss or gradient is not finite, or a checkpoint cannot be written; after the last step.
@@ -113,9 +116,7 @@ class Run:
         training, settings = self.training, self.training.settings
         self.step_count += 1
         done, last = self.step_count, self.is_finished
-        if last or done % settings.run.log_every_steps == 0:
-            self._log.scalars(done, metrics)
-            _log_cosines(self._log, done, reports)
+        self._log_step(metrics, reports)
         if training.teacher_probe and done % settings.run.teacher_check == 0:
             training.teacher_probe.check(done)
         if last or done % settings.run.save_every_steps == 0:
@@ -123,6 +124,22 @@ class Run:
         if training.validator and (last or done % settings.validation.val_every_steps == 0):
             _validate(training, training.validator, done, self._log)
         return metrics
+
+    def _log_step(self, metrics: dict[str, float], reports: list[LossReport]) -> None:
+        """A line where one is due; of the last step before it that judged identity, the numbers of that alone.
+
+        Where not every step judges, the steps with a line may never be among those that do.
+        """
+        settings, done = self.training.settings, self.step_count
+        every = settings.run.log_every_steps
+        line = min(math.ceil(done / every) * every, self.total_steps)
+        if done == line:
+            self._log.scalars(done, metrics)
+        elif "loss/identity" in metrics and done + settings.identity.id_every_steps > line:
+            self._log.scalars(done, {name: metrics[name] for name in _JUDGED})
+        else:
+            return
+        _log_cosines(self._log, done, reports)
 
     def _learn(self) -> tuple[dict[str, float], list[LossReport]]:
         training, world, step = self.training, self.training.world, self.step_count
@@ -225,13 +242,13 @@ def _metrics(reports: list[LossReport], gradient_norm: float, learning_rate: flo
     metrics = {
         "loss/total": fmean(report.total for report in reports),
         "loss/distill": fmean(report.distill for report in reports),
-        "lambda_id": reports[0].weight,
         "gradient_norm": gradient_norm,
         "learning_rate": learning_rate,
     }
     judged = [report for report in reports if report.identity is not None]
     if judged:
         metrics["loss/identity"] = fmean(report.identity or 0.0 for report in judged)
+        metrics["lambda_id"] = reports[0].weight
         cosines = torch.cat([report.cosines for report in judged if report.cosines is not None])
         metrics["cosine/first_frame"] = cosines[:, 0].mean().item()
         metrics["cosine/last_frame"] = cosines[:, -1].mean().item()

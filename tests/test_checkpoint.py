@@ -102,3 +102,9 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         find_checkpoint(str(tmp_path), tmp_path)
     with pytest.raises(UserError, match="no checkpoint"):
         find_checkpoint("latest", tmp_path)
+
+
+def test_a_checkpoint_of_a_head_is_none_of_a_lora(tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 3, "best": [0.5], "samples_per_step": 4}')
+    with pytest.raises(UserError, match="no checkpoint of `vflora train`, but of a head"):
+        read_state(tmp_path)

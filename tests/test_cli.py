@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -9,6 +10,7 @@ from typing import get_type_hints
 import pytest
 import torch
 
+from vflora import cli
 from vflora.cli import COMMANDS, build_parser, config_class_of, config_groups, main, parse
 
 FROZEN = Path(__file__).parent / "flags.json"
@@ -147,6 +149,13 @@ def test_a_gpu_that_fills_up_is_told_with_the_flags_that_save_memory(train_flags
     error = capsys.readouterr().err
     assert "vflora: CUDA out of memory. Tried to allocate 2.00 GiB: use --mode low_memory, --id_decode" in error
     assert "Traceback" not in error
+
+
+def test_what_is_advised_to_a_gpu_that_fills_up_are_flags_of_the_command():
+    for command, advice in cli._LESS_MEMORY.items():
+        flags = set(re.findall(r"--(\w+)", advice))
+        assert flags
+        assert flags <= defaults(command).keys()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch extends memory on Linux alone")

@@ -36,5 +36,19 @@ def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
         reserved(tmp_path / "run", None),
     ):
         pass
-    with reserved(tmp_path / "run", "auto"):
+    for wanted in ("auto", "latest", str(tmp_path / "run" / "checkpoint-3")):
+        with reserved(tmp_path / "run", wanted):
+            pass
+
+
+def test_a_run_that_goes_on_from_another_ones_checkpoint_does_not_mix_with_a_third(tmp_path):
+    for name in ("run", "other"):
+        (tmp_path / name / "checkpoint-2").mkdir(parents=True)
+    wanted = str(tmp_path / "other" / "checkpoint-2")
+    with (
+        pytest.raises(UserError, match=r"already holds a run \(checkpoint-2\).*choose another --output_dir"),
+        reserved(tmp_path / "run", wanted),
+    ):
+        pass
+    with reserved(tmp_path / "new", wanted):
         pass

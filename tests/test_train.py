@@ -404,6 +404,7 @@ def test_a_quick_teacher_changes_the_states_not_the_first_distillation_loss(trai
         (["--logger", "wandb"], "pip install 'vflora[wandb]'"),
         (["--output_dir", __file__], "is a file and no folder: choose another --output_dir"),
         (["--pipeline_dir", "nobody/nothing"], "nobody/nothing is no folder here"),
+        (["--pipeline_dir", "docs/nothing"], "There is no model at docs/nothing: correct the name, or get"),
         (["--id_sigma_low", "null"], "belong together: set both to null or neither"),
         (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
     ],
@@ -414,6 +415,16 @@ def test_bad_settings_get_a_sentence_and_code_2(train_flags, tmp_path, capsys, c
     assert sentence in message
     assert "Traceback" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_without_pictures_is_refused_before_any_model_is_loaded(train_flags, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    data = shutil.copytree(train_flags[train_flags.index("--wds_root") + 1], tmp_path / "data")
+    for shard in (data / "data" / "val").glob("*.tar"):
+        shard.unlink()
+    assert main(["train", *train_flags, "--wds_root", str(data), "--enable_validation"]) == 2
+    assert "no pictures for validation: pack it with a larger --val_split" in capsys.readouterr().err
+    assert "loading" not in caplog.text
 
 
 def test_a_size_that_is_no_whole_number_of_patches_is_refused(train_flags, capsys):

@@ -245,8 +245,15 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> RunState:
-    """Returns step and data position of a checkpoint."""
-    return RunState(**json.loads((folder / "state.json").read_text()))
+    """Returns step and data position of a checkpoint.
+
+    Raises:
+        UserError: if it is none of `vflora train`.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    if not (folder / "dcp").is_dir():
+        raise UserError(f"{folder} is no checkpoint of `vflora train`, but of a head: go on with `vflora train-head`.")
+    return RunState(**state)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -112,9 +112,14 @@ COMMANDS: dict[str, Command] = {
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _GENERATE_LESS = "--group_offloading true, or a smaller --video_length"
+_TRAIN_LESS = (
+    "--mode low_memory, --id_decode_downsample_mode area or a smaller --train_target_resolution or --train_video_length"
+)
 _LESS_MEMORY = {
-    "train": "--mode low_memory, --id_decode_downsample_mode area or a smaller --train_target_resolution or "
-    "--train_video_length; if it was validating, a smaller --val_video_length",
+    "train": f"{_TRAIN_LESS}; if it was validating, a smaller --val_video_length",
+    "rollouts": _TRAIN_LESS,
+    "encode": _TRAIN_LESS,
+    "train-head": "a smaller --pk_identities or --pk_instances, or a smaller --augment_vae_side",
     "generate": _GENERATE_LESS,
     "compare": _GENERATE_LESS,
 }

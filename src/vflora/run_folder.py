@@ -33,6 +33,12 @@ def reserved(output_dir: Path, resume_from_checkpoint: str | None) -> Iterator[N
                 f"{output_dir} already holds a run ({there[-1].name}): go on with --resume_from_checkpoint latest, "
                 "or choose another --output_dir."
             )
+        named = None if resume_from_checkpoint in (None, "latest", "auto") else Path(resume_from_checkpoint)
+        if there and named and named.resolve().parent != output_dir.resolve():
+            raise UserError(
+                f"{output_dir} already holds a run ({there[-1].name}), which {named} is not of: choose another "
+                "--output_dir."
+            )
         yield
 
 

@@ -90,6 +90,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
         start_batch = batches_before(start_step, settings.rollout, settings.optimizer.gradient_accumulation_steps)
     trajectories = world.from_main(lambda: open_trajectories(settings, dataset, world.dp_size, start_step))
     make_prompt = prompt_maker(settings.prompts)
+    held_out = held_out_batches(settings) if settings.validation.enable_validation else []
 
     clips = Clips.load(settings, dataset, keep_images_on_disk=not settings.data.enable_augmentation)
     accelerate_decoder(clips.vae, settings.speed)
@@ -153,7 +154,7 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             device=device,
             end_batch=Plan.of(settings, world.dp_size).batches(settings.optimizer.max_train_steps),
         )
-    validator, held_out = None, []
+    validator = None
     if settings.validation.enable_validation:
         validator = Validator(
             denoiser=denoiser,
@@ -167,7 +168,6 @@ def set_up(settings: TrainSettings, world: World = ALONE) -> Training:
             seed=run.seed,
             device=device,
         )
-        held_out = held_out_batches(settings)
     blank = blank_sample(dataset)
     return Training(
         settings=settings,

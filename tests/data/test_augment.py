@@ -6,6 +6,7 @@ import torch
 from vflora.data.augment import VaeRoundTrip, augment, for_validation, gaussian_blur, to_input
 from vflora.data.config import AugmentConfig
 from vflora.errors import UserError
+from vflora.models.random_original import write_small_original
 from vflora.models.random_weights import small_vae
 from vflora.random_streams import keyed_generator, keyed_noise
 
@@ -98,6 +99,15 @@ def test_vae_is_found_in_a_pipeline_folder_and_missed_with_the_line_to_run(tmp_p
         assert trip(torch.zeros(1, 3, 32, 32), torch.zeros(1, 2), _generators(0, 1)).shape == (1, 3, 32, 32)
     with pytest.raises(UserError, match="hf download"):
         VaeRoundTrip.load(tmp_path, 32, torch.device("cpu"), torch.float32)
+    next((tmp_path / "pipeline" / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"no \.safetensors files in .*vae: go on with `hf download"):
+        VaeRoundTrip.load(tmp_path / "pipeline", 32, torch.device("cpu"), torch.float32)
+
+
+def test_vae_of_the_layout_first_published_is_read_too(tmp_path):
+    write_small_original(tmp_path)
+    trip = VaeRoundTrip.load(tmp_path, 32, torch.device("cpu"), torch.float32)
+    assert trip(torch.zeros(1, 3, 32, 32), torch.zeros(1, 2), _generators(0, 1)).shape == (1, 3, 32, 32)
 
 
 def test_validation_degrades_every_image_or_none_and_never_crops_at_random():

@@ -49,6 +49,12 @@ def test_no_shards(tmp_path):
         DataSet.open(tmp_path, "species", "train")
 
 
+def test_a_set_that_was_packed_without_validation(tmp_path):
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no pictures for validation: .*larger --val_split, or train without"):
+        DataSet.open(tmp_path, "species", "val")
+
+
 def test_manifest_without_the_key_names_its_columns(wds_root):
     with pytest.raises(UserError, match="'pokemon'.*species, identity_id, count.*--metadata_key"):
         DataSet.open(wds_root, "pokemon", "train")

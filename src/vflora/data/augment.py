@@ -23,6 +23,9 @@ from torch import Generator, Tensor
 from vflora.data.config import AugmentConfig
 from vflora.data.images import to_signed
 from vflora.errors import UserError
+from vflora.model_check import check_weights
+from vflora.models.loading import HUB_NAME
+from vflora.models.original_layout import is_original_layout, load_original_vae
 from vflora.models.video_vae import decode_frames, encode_first_frame
 
 BLUR_SIGMA = (0.002, 0.012)
@@ -63,19 +66,24 @@ class VaeRoundTrip:
 
     @classmethod
     def load(cls, folder: Path, side: int, device: torch.device, dtype: torch.dtype) -> Self:
-        """Loads the VAE of a pipeline folder, or a folder that is the VAE itself.
+        """Loads the VAE of a pipeline folder, of either layout, or a folder that is a diffusers VAE itself.
 
         Raises:
-            UserError: if there is none.
+            UserError: if there is none, or only a part of it.
         """
+        if is_original_layout(folder):
+            return cls(load_original_vae(folder, dtype, device), side)
         folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"There is no VAE in {folder}: run `hf download hunyuanvideo-community/"
-                f'HunyuanVideo-1.5-Diffusers-480p_i2v --include "vae/*" --local-dir {folder}`, '
+                f"There is no VAE in {folder}: run `hf download {HUB_NAME} "
+                f'--include "vae/*" --local-dir {folder}`, '
                 "or leave --vae_dir and --pipeline_dir out to train without the round trip."
             )
-        vae = AutoencoderKLHunyuanVideo15.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        check_weights(folder, f'go on with `hf download {HUB_NAME} --include "vae/*"` into the folder it is in')
+        vae = AutoencoderKLHunyuanVideo15.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
         return cls(vae.to(device), side)  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()

@@ -50,6 +50,11 @@ def find_shards(wds_root: Path, split: str, pattern: str = "*.tar") -> tuple[Pat
     """
     folder = shard_folder(wds_root, split)
     shards = tuple(sorted(folder.glob(pattern)))
+    if not shards and split == "val" and folder.is_dir():
+        raise UserError(
+            f"{wds_root} holds no pictures for validation: pack it with a larger --val_split, or train without "
+            "(no --enable_validation; --val_every 0 for the head)."
+        )
     if not shards:
         raise UserError(f"There are no shards {folder / pattern}: pack a data set with `vflora data pack`.")
     for shard in shards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -33,7 +34,8 @@ def _obey_the_trainer_only(_worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
-    trainer = os.getppid()
+    starter = multiprocessing.parent_process()
+    trainer = starter.pid if starter else os.getppid()  # with a forkserver in between these are two
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:

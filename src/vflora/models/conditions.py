@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPipeline
@@ -65,7 +65,7 @@ class ConditionCache:
         path = self._path(key) if on_disk else None
         if path is None:
             return
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".{uuid4().hex}.tmp")  # the folder may be shared by several machines
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in entry.items()}, temporary)

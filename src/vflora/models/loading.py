@@ -34,7 +34,10 @@ _CONFIGS = {
     "feature_extractor": "preprocessor_config.json",
     "guider": "guider_config.json",
 }
-_HUB_NAME = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"
+HUB_NAME = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"
+"""Where the diffusers folder of the model is."""
+_HOME = "models/HunyuanVideo-1.5-480p_i2v"
+"""Where the documents put it."""
 
 
 def check_pipeline_dir(pipeline_dir: str) -> None:
@@ -49,19 +52,20 @@ def check_pipeline_dir(pipeline_dir: str) -> None:
     if folder.exists():
         raise UserError(
             f"{pipeline_dir} holds neither model_index.json nor transformer/*/*.safetensors, so it is no pipeline: "
-            f"get one with `hf download {_HUB_NAME} --local-dir {pipeline_dir}`."
+            f"get one with `hf download {HUB_NAME} --local-dir {_HOME}`."
         )
     looks_like_hub_name = pipeline_dir.count("/") == 1 and not pipeline_dir.startswith((".", "/", "~"))
-    if not looks_like_hub_name:
+    if not looks_like_hub_name or folder.parent.is_dir():
         raise UserError(
-            f"There is no model at {pipeline_dir}: get it with `hf download {_HUB_NAME} --local-dir {pipeline_dir}`."
+            f"There is no model at {pipeline_dir}: correct the name, or get the model with `hf download {HUB_NAME} "
+            f"--local-dir {_HOME}`."
         )
     try:
         hf_hub_download(pipeline_dir, "model_index.json")
     except (OSError, ValueError) as error:  # what the hub raises, whether it says no or cannot be reached
         raise UserError(
             f"{pipeline_dir} is no folder here, and no model that the hub gives us ({type(error).__name__}): correct "
-            f"the name, or get the model with `hf download {_HUB_NAME} --local-dir models/HunyuanVideo-1.5-480p_i2v`."
+            f"the name, or get the model with `hf download {HUB_NAME} --local-dir {_HOME}`."
         ) from error
 
 
@@ -74,7 +78,7 @@ def require_complete(pipeline_dir: str, *parts: str) -> None:
     folder = Path(pipeline_dir)
     if not folder.is_dir():
         return
-    advice = f"go on with `hf download {_HUB_NAME} --local-dir {pipeline_dir}`"
+    advice = f"go on with `hf download {HUB_NAME} --local-dir {pipeline_dir}`"
     for part in parts:
         check_json(folder / part / _CONFIGS.get(part, "config.json"), advice)
         if part not in _CONFIGS:

@@ -109,11 +109,11 @@ def test_the_saved_settings_are_a_config_file(train_flags, tmp_path):
 @pytest.mark.parametrize(("words", "code"), [(["world", "--help"], 0), (["world"], 2), (["world", "nothing"], 2)])
 def test_a_family_of_commands_lists_its_own(capsys, words, code):
     assert main(words) == code
-    shown = capsys.readouterr().out
+    shown, complaint = capsys.readouterr()
     assert "vflora world COMMAND --help" in shown
     assert "world ablate" in shown
     assert "train-head" not in shown
-    assert ("no command 'world nothing'" in shown) == ("nothing" in words)
+    assert ("no command 'world nothing'" in complaint) == ("nothing" in words)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"]], ids=" ".join)
@@ -190,9 +190,33 @@ def test_the_flags_that_save_memory_exist(train_flags):
     parse("train", [*train_flags, *flags, "--train_target_resolution", "32x32", "--train_video_length", "5"])
 
 
-def test_an_unknown_command_is_told_with_code_2(capsys):
-    assert main(["trian"]) == 2
-    assert "no command 'trian'" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian", "--lora_r", "4"], "there is no command 'trian': write `vflora train`."),
+        (["data", "pak", "pictures"], "there is no command 'data pak': write `vflora data pack`."),
+        (["--lora_r", "4"], "there is no command '4': choose one of these."),
+        (["xyz"], "there is no command 'xyz': choose one of these."),
+    ],
+)
+def test_an_unknown_command_is_told_with_code_2(capsys, words, sentence):
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"vflora: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["train", "--lr", "1e-4"], "there is no --lr: write --learning_rate"),
+        (["train", "--network-dim=8"], "there is no --network_dim: write --lora_r"),
+        (["generate", "--lora_strength", "1"], "there is no --lora_strength: write --lora_scale"),
+        (["train", "--max_train_step", "4"], "there is no --max_train_step: write --max_train_steps"),
+        (["export"], "required and not given: --checkpoint_path, --output_dir"),
+    ],
+)
+def test_a_flag_that_is_not_there_is_told_with_the_one_that_is(capsys, words, sentence):
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

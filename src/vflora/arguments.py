@@ -10,6 +10,16 @@ import typing
 from collections.abc import Collection, Sequence
 from typing import Any, get_args, get_origin
 
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "rank": "lora_r",
+    "lora_rank": "lora_r",
+    "network_dim": "lora_r",
+    "network_alpha": "lora_alpha",
+    "steps": "max_train_steps",
+    "lora_strength": "lora_scale",
+}
+"""What other trainers call these flags."""
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -77,6 +87,10 @@ def explain(problem: str, groups: Sequence[type]) -> str:
     kinds = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
     if match := re.fullmatch(r"Option '([^']*)' is not accepted", problem.strip()):
         return f"{match[1]} in the --config file is no setting: {_instead(match[1], kinds)}"
+    if (match := re.match(r"unrecognized arguments: --(\w+)", problem)) and (meant := _meant(match[1], kinds)):
+        return f"there is no --{match[1]}: write --{meant}"
+    if match := re.match(r"the following arguments are required: (.+)", problem):
+        return f"required and not given: {', '.join(f'--{name}' for name in match[1].split(', '))}"
     match = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: ([^\n]*)', problem, re.DOTALL)
     if match is None or match[1] not in kinds:
         return " ".join(problem.split())
@@ -84,10 +98,16 @@ def explain(problem: str, groups: Sequence[type]) -> str:
 
 
 def _instead(key: str, kinds: Collection[str]) -> str:
-    wanted = key.rpartition(".")[2].replace("-", "_")
-    near = difflib.get_close_matches(wanted, kinds, n=1)
+    meant = _meant(key.rpartition(".")[2].replace("-", "_"), kinds)
     place = " at the left margin" if "." in key else ""
-    return f"write {near[0]}{place}" if near else "remove it"
+    return f"write {meant}{place}" if meant else "remove it"
+
+
+def _meant(name: str, kinds: Collection[str]) -> str | None:
+    """Returns the flag that is most like `name`, or is called so elsewhere."""
+    if _ELSEWHERE.get(name) in kinds:
+        return _ELSEWHERE[name]
+    return next(iter(difflib.get_close_matches(name, kinds, n=1)), None)
 
 
 def _takes(kind: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import logging
@@ -159,8 +160,9 @@ def _main(words: list[str]) -> int:
     if name is None:
         family, rest = (words[0], words[1:]) if words and _family(words[0]) else ("", words)
         asked = not rest or rest[0] in ("-h", "--help")
-        complaint = "" if asked else f"vflora: no command {' '.join(words[:2])!r}\n\n"
-        print(complaint + _overview(family))
+        print(_overview(family))
+        if not asked:
+            print(f"vflora: {_no_command(words)}", file=sys.stderr)
         return 0 if asked and rest else 2
     try:
         return run_command(name, rest) or 0
@@ -262,6 +264,12 @@ def _split_command(words: list[str]) -> tuple[str | None, list[str]]:
         if len(words) >= length and name in COMMANDS:
             return name, words[length:]
     return None, words
+
+
+def _no_command(words: list[str]) -> str:
+    given = " ".join(word for word in words[:2] if not word.startswith("-")) or words[0]
+    near = [name for asked in (given, words[0]) for name in difflib.get_close_matches(asked, COMMANDS, n=1)]
+    return f"there is no command {given!r}: " + (f"write `vflora {near[0]}`." if near else "choose one of these.")
 
 
 def _family(word: str) -> dict[str, Command]:

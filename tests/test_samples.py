@@ -27,6 +27,14 @@ def test_files_and_folders_name_their_characters(tmp_path):
     assert samples[2].picture.getpixel((0, 0)) == (0, 255, 0)
 
 
+def test_hidden_files_and_folders_are_no_characters(tmp_path):
+    for folder in (tmp_path / "flat", tmp_path / "deep" / "momo"):
+        picture(folder / "0.png")
+        (folder / "._0.png").write_bytes(b"what macOS notes of a file on another disk")
+    picture(tmp_path / "deep" / ".trash" / "zig.png")
+    assert [s.character for s in find(tmp_path / "flat", tmp_path / "deep")] == ["0", "momo"]
+
+
 def test_one_prompt_serves_all_and_several_go_in_order(tmp_path):
     for name in "ab":
         picture(tmp_path / f"{name}.png")

@@ -86,12 +86,17 @@ def _pictures(path: Path) -> list[tuple[str, Path]]:
     here = _picture_files(path)
     if here:
         return [(readable(file.stem), file) for file in here]
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    folders = sorted(folder for folder in _seen(path) if folder.is_dir())
     return [(readable(folder.name), file) for folder in folders for file in _picture_files(folder)[:1]]
 
 
 def _picture_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower().lstrip(".") in SUFFIXES)
+    return sorted(file for file in _seen(folder) if file.suffix.lower().lstrip(".") in SUFFIXES)
+
+
+def _seen(folder: Path) -> list[Path]:
+    """What is in a folder but for hidden things, such as the `._0.png` that macOS puts beside a 0.png."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def readable(name: str) -> str:

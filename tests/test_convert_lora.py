@@ -58,3 +58,11 @@ def test_the_input_is_never_overwritten(weights, tmp_path):
     file = write_lora(weights, tmp_path / "in.safetensors", "diffusers")
     with pytest.raises(UserError, match="the input itself"):
         run(ConvertLoraConfig(file, file))
+
+
+@pytest.mark.parametrize("output", ["there", "there/out.safetensors"])
+def test_a_file_in_the_place_of_the_folder_is_refused(weights, tmp_path, output):
+    write_lora(weights, tmp_path / "in.safetensors", "diffusers")
+    (tmp_path / "there").write_text("in the way")
+    with pytest.raises(UserError, match="is a file and no folder: choose another --output_path"):
+        run(ConvertLoraConfig(tmp_path / "in.safetensors", tmp_path / output))

@@ -153,6 +153,12 @@ def test_a_disk_that_does_not_take_the_file_is_told_and_nothing_is_left(checkpoi
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(checkpoint, tmp_path):
+    (tmp_path / "adapter").write_text("in the way")
+    with pytest.raises(UserError, match="is a file and no folder: choose another --output_dir"):
+        export(checkpoint, tmp_path)
+
+
 def test_a_folder_without_an_adapter_is_refused_with_what_to_give(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     with pytest.raises(UserError, match="checkpoint with a lora folder"):

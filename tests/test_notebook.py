@@ -114,7 +114,7 @@ def test_a_loaded_lora_changes_the_video_and_its_scale_0_is_the_base(train_flags
         checkpoint = training.save()
     folder = small_models / "pipeline"
     Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "picture.png")
-    picture = vflora.open_image(tmp_path / "picture.png")
+    picture = vflora.open_image(str(tmp_path / "picture.png"))
     options = {"seed": 1, "frames": 5, "steps": 2}
     base = vflora.generate_video(vflora.load_pipeline(folder, dtype="fp32"), picture, "it runs", **options)
     taught = vflora.load_pipeline(folder, checkpoint, lora_scale=3.0, dtype="fp32")

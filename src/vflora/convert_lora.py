@@ -16,6 +16,7 @@ from vflora.models.lora_formats import (
     read_reference_dcp,
     write_lora,
 )
+from vflora.run_folder import require_writable
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,12 @@ def run(config: ConvertLoraConfig) -> Path:
         The file written.
 
     Raises:
-        UserError: if the input cannot be read, or the output would overwrite it.
+        UserError: if the input cannot be read, or the output would overwrite it or has no folder to be in.
     """
     if config.input_path.resolve() == config.output_path.resolve():
         raise UserError(f"{config.output_path} is the input itself: give another output.")
+    to_file = config.output_path.suffix == ".safetensors"
+    require_writable(config.output_path.parent if to_file else config.output_path, "--output_path")
     weights = _read(config)
     file = write_lora(weights, config.output_path, config.format)
     log.info("wrote %s for %s: %d layers, rank %d", file, config.format, len(weights), weights.rank)

@@ -17,7 +17,7 @@ from pathlib import Path
 from vflora import compare, export, train
 from vflora.cli import parse
 from vflora.errors import UserError
-from vflora.run_folder import finished
+from vflora.run_folder import finished, require_writable
 from vflora.world.grader import load_grader
 from vflora.world.head_training import fit_head, pack_stills
 from vflora.world.stills import write_still_folder
@@ -82,8 +82,9 @@ def run(config: DemoConfig) -> Path:
         The report.
 
     Raises:
-        UserError: if the output folder exists.
+        UserError: if the output folder holds something, or cannot be made.
     """
+    require_writable(config.output, "--output")
     if config.output.exists() and any(config.output.iterdir()):
         raise UserError(f"{config.output} exists: remove it, or name another folder with --output.")
     began = time.monotonic()

@@ -21,6 +21,7 @@ from vflora.errors import UserError
 from vflora.inference import open_image
 from vflora.models.lora_formats import LoraFormat, LoraModule, LoraWeights, build_header, write_lora
 from vflora.previews import Preview, find_previews, student_frame
+from vflora.run_folder import require_writable
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +74,12 @@ def run(config: ExportConfig) -> Path | None:
         The file; None in the processes of a launcher other than the first, which have nothing to do.
 
     Raises:
-        UserError: if there is no adapter, a checkpoint file is damaged, or an override does not fit.
+        UserError: if there is no adapter, a checkpoint file is damaged, an override does not fit, or a file is in the
+            place of the folder.
     """
     if not is_first():
         return None
+    require_writable(config.output_dir, "--output_dir")
     if (config.checkpoint_path / "manifest.json").is_file():
         verify_checkpoint(config.checkpoint_path)
     weights = read_adapter(

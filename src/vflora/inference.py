@@ -7,6 +7,7 @@ import gc
 import json
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from vflora.resolution import TARGET_SIZES
 from vflora.sampling import Pipeline, keep_prompts, prepare_for_sampling
 
 
-def open_image(path: Path, flag: str = "--image_path") -> Image.Image:
+def open_image(path: str | PathLike[str], flag: str = "--image_path") -> Image.Image:
     """Opens a picture as upright RGB.
 
     Raises:
         UserError: if it is missing, damaged, too large, or no JPEG, PNG or WebP.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no picture at {path}: check {flag}.")
     try:

@@ -147,6 +147,13 @@ def test_what_an_earlier_comparison_left_in_the_folder_is_named_and_kept(root, t
     assert (tmp_path / "videos" / "00-little-wren-0.mp4").is_file()
 
 
+@pytest.mark.parametrize(("given", "shown"), [(None, 6.0), (2.0, 2.0)])
+def test_the_guidance_is_shown_as_it_was(root, tmp_path, given, shown):
+    options = {"images": [root / "pictures" / "momo.png"], "lora_scales": [1.0], "video_length": 5}
+    run(settings(root, tmp_path, guidance_scale=given, **options))
+    assert json.loads((tmp_path / "index.json").read_text())["settings"]["Guidance scale"] == shown
+
+
 def test_the_printed_command_has_every_setting_that_was_chosen(made, root):
     command = json.loads((made / "index.json").read_text())["command"]
     words = shlex.split(command)

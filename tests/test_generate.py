@@ -79,6 +79,12 @@ def test_the_mp4_plays_and_every_setting_is_kept_beside_it(folder, tmp_path):
     assert "torch" in kept["versions"]
 
 
+@pytest.mark.parametrize(("options", "used"), [({}, 6.0), ({"cfg_distilled": True}, 1.0)])
+def test_the_guidance_that_nobody_named_is_kept_with_the_rest(folder, tmp_path, options, used):
+    path = run(settings(folder, output_path=tmp_path / "cat.mp4", guidance_scale=None, **options))
+    assert json.loads(path.with_suffix(".json").read_text())["guidance_used"] == used
+
+
 def test_an_adapter_changes_the_video_in_proportion_to_its_scale(folder, tmp_path):
     path = [str(folder / "a.safetensors")]
     base = frames(folder, tmp_path)

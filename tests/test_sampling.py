@@ -110,6 +110,15 @@ def test_guidance_of_one_runs_the_transformer_once_a_step():
     assert len(calls) == 3 + 6
 
 
+def test_the_guidance_of_one_video_is_not_that_of_the_next():
+    pipe = pipeline()
+    own = sample(pipe)
+    assert not torch.equal(sample(pipe, guidance_scale=1.0), own)
+    with pytest.raises(RuntimeError, match="manual_seed"):
+        sample(pipe, guidance_scale=1.0, seed="not a number")
+    assert torch.equal(sample(pipe), own)
+
+
 def test_scale_zero_is_the_base_bit_for_bit_and_scales_are_put_back():
     base = sample(pipeline())
     pipe = with_lora(pipeline())

@@ -27,7 +27,7 @@ from vflora.report import Clip, Comparison, Row, best_frame, write_card, write_p
 from vflora.report.records import BASE
 from vflora.run_header import base_model_name, hub_name
 from vflora.samples import Sample, find_samples, readable
-from vflora.sampling import Pipeline, default_steps, fit_image, generate_video
+from vflora.sampling import Pipeline, default_guidance, default_steps, fit_image, generate_video
 from vflora.video_io import enlarge, to_uint8_frames, write_mp4
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _settings(config: CompareConfig, pipeline: Pipeline, adapters: Sequence[Adap
         "Rank, alpha, layers": f"{first.rank}, {first.alpha:g}, {first.layers}",
         "Frames": config.video_length,
         "Sampling steps": config.num_inference_steps or default_steps(pipeline),
-        "Guidance scale": pipeline.guider.guidance_scale,
+        "Guidance scale": default_guidance(pipeline) if config.guidance_scale is None else config.guidance_scale,
         "Seeds": ", ".join(map(str, config.seeds)),
         "Precision": config.dtype,
     }

@@ -17,7 +17,7 @@ from vflora.distributed.processes import World, joined
 from vflora.generate_config import GenerateConfig, default_output
 from vflora.inference import load_for_sampling, open_image, write_settings
 from vflora.run_folder import require_writable
-from vflora.sampling import Pipeline, default_steps, generate_video
+from vflora.sampling import Pipeline, default_guidance, default_steps, generate_video
 from vflora.shared_sampling import quicken, require_shareable, share, video_tokens, work_for_the_first
 from vflora.video_io import write_mp4
 
@@ -58,9 +58,7 @@ def _generate(config: GenerateConfig, world: World) -> Path:
     image = None if config.image_path is None else open_image(config.image_path)
     pipeline, adapters = world.everywhere(lambda: _load(config))
     steps = _steps(config, pipeline)
-    guidance = config.guidance_scale
-    if guidance is None and (config.cfg_distilled or config.enable_step_distill):
-        guidance = 1.0
+    guidance = _guidance(config, pipeline)
     width, height = (int(side) for side in config.aspect_ratio.split(":"))
     share(pipeline.transformer, lambda: video_tokens(pipeline, image, width / height, config.frames), world)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
@@ -80,7 +78,7 @@ def _generate(config: GenerateConfig, world: World) -> Path:
     if config.save_generation_config:
         facts = {
             "steps_taken": steps,
-            "guidance_used": pipeline.guider.guidance_scale,
+            "guidance_used": guidance,
             "height": video.shape[2],
             "width": video.shape[3],
             "adapters": [adapter.as_json() for adapter in adapters],
@@ -115,6 +113,12 @@ def _load(config: GenerateConfig) -> tuple[Pipeline, tuple[AdapterInfo, ...]]:
 
 def _steps(config: GenerateConfig, pipeline: Pipeline) -> int:
     return config.num_inference_steps or (8 if config.enable_step_distill else default_steps(pipeline))
+
+
+def _guidance(config: GenerateConfig, pipeline: Pipeline) -> float:
+    if config.guidance_scale is not None:
+        return config.guidance_scale
+    return 1.0 if config.cfg_distilled or config.enable_step_distill else default_guidance(pipeline)
 
 
 def _accelerate(pipeline: Pipeline, config: GenerateConfig, steps: int) -> None:

@@ -43,6 +43,11 @@ def default_steps(pipeline: Pipeline) -> int:
     return 8 if pipeline.transformer.config.use_meanflow else 50
 
 
+def default_guidance(pipeline: Pipeline) -> float:
+    """Returns the classifier-free guidance that the pipeline samples with where nobody names another; 1 is none."""
+    return pipeline.guider.guidance_scale
+
+
 def video_size(pipeline: Pipeline, aspect: float) -> tuple[int, int]:
     """Returns height and width of the bucket nearest to `aspect` (width over height)."""
     return pipeline.video_processor.calculate_default_height_width(round(10_000 / aspect), 10_000, pipeline.target_size)
@@ -122,11 +127,9 @@ def generate_video(
     require_frames("video_length", frames)
     _check_kind(pipeline, image)
     prepare_for_sampling(pipeline)
-    if guidance_scale is not None:
-        pipeline.guider = pipeline.guider.new(guidance_scale=float(guidance_scale))
     steps = steps or default_steps(pipeline)
     inputs: dict = {"image": image.convert("RGB")} if image is not None else _size_inputs(pipeline, aspect)
-    with adapter_strength(pipeline.transformer, lora_scale):
+    with adapter_strength(pipeline.transformer, lora_scale), _guided(pipeline, guidance_scale):
         output = pipeline(
             **_texts(pipeline, prompt, negative_prompt),
             num_frames=frames,
@@ -139,6 +142,20 @@ def generate_video(
         )
     video = cast(Tensor, output.frames[0]).float().cpu()  # pyright: ignore[reportAttributeAccessIssue]
     return (video.transpose(0, 1) * 2 - 1).contiguous()
+
+
+@contextmanager
+def _guided(pipeline: Pipeline, scale: float | None) -> Iterator[None]:
+    """Inside, the pipeline samples with this guidance; None is its own."""
+    if scale is None:
+        yield
+        return
+    own = pipeline.guider
+    pipeline.guider = own.new(guidance_scale=float(scale))
+    try:
+        yield
+    finally:
+        pipeline.guider = own
 
 
 def _texts(pipeline: Pipeline, prompt: str, negative_prompt: str) -> dict[str, str] | dict[str, Tensor]:

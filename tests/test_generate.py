@@ -187,6 +187,15 @@ def test_without_a_name_the_prompt_and_the_seed_name_the_file(folder, tmp_path, 
     assert run(settings(folder, seed=9)) == Path("outputs/a-cat-waves-seed9.mp4")
 
 
+def test_without_a_name_no_video_takes_the_place_of_another(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (run(settings(folder, prompt=prompt)) for prompt in ("一只猫在挥手", "кошка машет лапой"))
+    assert (first, second) == (Path("outputs/video-seed123.mp4"), Path("outputs/video-seed123-2.mp4"))
+    for path, prompt in ((first, "一只猫在挥手"), (second, "кошка машет лапой")):
+        assert json.loads(path.with_suffix(".json").read_text())["settings"]["prompt"] == prompt
+    assert run(settings(folder, output_path=first)) == first
+
+
 @pytest.mark.parametrize(
     ("options", "fix"),
     [

@@ -14,6 +14,7 @@ from vflora.devices import torch_device
 from vflora.distributed.launch import process_count
 from vflora.distributed.lending import borrowed
 from vflora.distributed.processes import World, joined
+from vflora.file_names import first_free
 from vflora.generate_config import GenerateConfig, default_output
 from vflora.inference import load_for_sampling, open_image, write_settings
 from vflora.run_folder import require_writable
@@ -44,9 +45,10 @@ def run(config: GenerateConfig) -> Path | None:
 
 def _look_for_files(config: GenerateConfig) -> None:
     """Checks paths, since a wrong one should show before minutes of loading and sampling."""
-    path = config.output_path or default_output(config)
-    require(not path.is_dir(), f"--output_path {path} is a folder: give the name of the mp4.")
-    require_space(require_writable(path.parent, "--output_path"), 64 << 20, "make room for the video.")
+    path = config.output_path
+    require(path is None or not path.is_dir(), f"--output_path {path} is a folder: give the name of the mp4.")
+    folder = (path or default_output(config)).parent
+    require_space(require_writable(folder, "--output_path"), 64 << 20, "make room for the video.")
     if config.image_path is not None:
         open_image(config.image_path)
     for adapter in config.adapter_paths:
@@ -74,7 +76,8 @@ def _generate(config: GenerateConfig, world: World) -> Path:
             negative_prompt=config.negative_prompt,
             aspect=width / height,
         )
-    path = write_mp4(config.output_path or default_output(config), video, config.fps)
+    # Named only now, and by the first process alone: what other runs have written meanwhile stays.
+    path = write_mp4(config.output_path or first_free(default_output(config)), video, config.fps)
     if config.save_generation_config:
         facts = {
             "steps_taken": steps,

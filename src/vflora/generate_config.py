@@ -43,7 +43,7 @@ class GenerateConfig:
     seed: int = 123
     """Of the starting noise, which is drawn on the CPU and so the same on every device."""
     output_path: Path | None = None
-    """The mp4 to write; without it, outputs/ and a name made of prompt and seed."""
+    """The mp4 to write; without it, outputs/ and a name made of prompt and seed, with a number where it is taken."""
     fps: int = 24
     """Frames per second."""
     save_generation_config: bool = True
@@ -114,8 +114,10 @@ class GenerateConfig:
         for name in ("num_inference_steps", "fps", "total_steps", "cache_step_interval"):
             require((value := getattr(self, name)) is None or value >= 1, f"--{name} must be at least 1.")
         require_guidance(self.guidance_scale)
-        file = default_output(self) if self.output_path is None else self.output_path
-        require(file.suffix.lower() == ".mp4", f"--output_path {file} is no mp4: let its name end in .mp4.")
+        file = self.output_path
+        require(
+            file is None or file.suffix.lower() == ".mp4", f"--output_path {file} is no mp4: let its name end in .mp4."
+        )
         require(
             not (self.sr or self.save_pre_sr_video),
             "--sr and --save_pre_sr_video are not available: drop them, and upscale the mp4 with another tool.",

@@ -97,6 +97,15 @@ def test_the_video_is_that_of_one_process_and_written_once(
     assert json.loads(path.with_suffix(".json").read_text())["adapters"][0]["rank"] == 2
 
 
+def test_without_a_name_the_first_process_names_the_video(launch, config, tmp_path):
+    def work():
+        os.chdir(tmp_path)
+        return run(config(output_path=None, prompt="кошка", num_inference_steps=1))
+
+    names = [launch(2, work) for _ in range(2)]
+    assert names == [[Path("outputs/video-seed123.mp4"), None], [Path("outputs/video-seed123-2.mp4"), None]]
+
+
 def test_the_adapter_matters_and_so_does_every_process(launch, config, tmp_path):
     """The comparisons above would hold for a video that nobody changed, so here is one without the adapter."""
     (((with_it,), _), _), (((without,), _), _) = (

@@ -13,7 +13,7 @@ from vflora.errors import UserError
 from vflora.inference import load_for_sampling, open_image
 from vflora.models.lora import ADAPTER, add_lora
 from vflora.models.lora_formats import from_transformer, read_lora, write_lora
-from vflora.models.random_weights import randomise_lora, small_pipeline, small_transformer
+from vflora.models.random_weights import randomise_lora, small_pipeline, small_text_to_video, small_transformer
 from vflora.sampling import generate_video
 from vflora.video_io import enlarge, read_mp4, to_uint8_frames, write_mp4
 
@@ -178,6 +178,10 @@ def test_the_printed_command_has_every_setting_that_was_chosen(made, root):
         ({"lora_scales": [0.0]}, "the base is always shown"),
         ({"dino_model_dir": "a"}, "give both or neither"),
         ({"guidance_scale": -1.0}, "--guidance_scale -1.0 must not be negative"),
+        ({"num_inference_steps": -3}, "--num_inference_steps must be at least 1"),
+        ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
+        ({"fps": 0}, "--fps must be at least 1"),
+        ({"max_page_mb": 0.0}, "--max_page_mb must be above 0"),
         ({"seeds": []}, "at least one number"),
         ({"lora_path": []}, "name the LoRA"),
     ],
@@ -195,4 +199,24 @@ def test_missing_files_are_named_before_anything_is_loaded(root, tmp_path):
     ):
         with pytest.raises(UserError, match=fix):
             run(settings(root, tmp_path / "out", pipeline_dir="./nowhere", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_used_late_is_looked_at_before_anything_is_loaded(root, small_models, tmp_path):
+    small_text_to_video().save_pretrained(tmp_path / "t2v")
+    (tmp_path / "file").touch()
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    dino, head = small_models / "dino", small_models / "head.safetensors"
+    nowhere = {"pipeline_dir": "./nowhere"}
+    for options, fix in (
+        ({"output_dir": tmp_path / "file", **nowhere}, "is a file and no folder: choose another --output_dir"),
+        ({"judge_model_dir": tmp_path / "missing", **nowhere}, "There is no model in"),
+        ({"judge_model_dir": tmp_path / "judge", **nowhere}, "no .safetensors files in"),
+        ({"dino_model_dir": tmp_path / "missing", "dino_head_path": head, **nowhere}, "There is no DINOv3 model in"),
+        ({"dino_model_dir": dino, "dino_head_path": tmp_path / "missing", **nowhere}, "There is no identity head at"),
+        ({"pipeline_dir": str(tmp_path / "t2v"), "lora_path": ["missing"]}, "compare starts from pictures"),
+    ):
+        with pytest.raises(UserError, match=fix):
+            run(settings(root, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()

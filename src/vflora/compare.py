@@ -14,17 +14,20 @@ from tqdm import tqdm
 
 from vflora.adapters import AdapterInfo, read_adapter
 from vflora.compare_config import CompareConfig, command_of
+from vflora.config import require
 from vflora.data.images import to_signed, to_tensor
 from vflora.deviation import deviations_on, record_path
 from vflora.devices import torch_device
 from vflora.distributed.launch import is_first
 from vflora.evaluate import Embedder, IdentityScores, deviation_by_sigma, embed_frames, identity_scores, score_video
-from vflora.inference import load_with_adapters
-from vflora.judge import Judge
-from vflora.models.identity import IdentityEmbedder
+from vflora.inference import load_with_adapters, names_text_to_video
+from vflora.judge import Judge, require_judge
+from vflora.models.identity import IdentityEmbedder, require_backbone
 from vflora.models.lora_formats import thumbnail_uri, write_lora
+from vflora.models.projection_head import find_head
 from vflora.report import Clip, Comparison, Row, best_frame, write_card, write_page
 from vflora.report.records import BASE
+from vflora.run_folder import require_writable
 from vflora.run_header import base_model_name, hub_name
 from vflora.samples import Sample, find_samples, readable
 from vflora.sampling import Pipeline, default_guidance, default_steps, fit_image, generate_video
@@ -57,6 +60,7 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
     """
     if not is_first():
         return None
+    _look_for_files(config)
     samples = find_samples(
         config.images,
         prompts=config.prompts,
@@ -120,6 +124,21 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
             ", ".join(file.name for file in strangers[:_NAMED]) + (", ..." if len(strangers) > _NAMED else ""),
         )
     return page
+
+
+def _look_for_files(config: CompareConfig) -> None:
+    """Checks what is used late, since a wrong path should show before minutes of loading and sampling."""
+    require_writable(config.output_dir, "--output_dir")
+    require(
+        not names_text_to_video(config.pipeline_dir),
+        f"{config.pipeline_dir} makes videos from text, and compare starts from pictures: load an image-to-video model "
+        "such as 480p_i2v.",
+    )
+    if config.judge_model_dir is not None:
+        require_judge(config.judge_model_dir)
+    if config.dino_model_dir is not None and config.dino_head_path is not None:
+        require_backbone(config.dino_model_dir)
+        find_head(config.dino_head_path)
 
 
 def compare(

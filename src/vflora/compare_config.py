@@ -71,7 +71,9 @@ class CompareConfig:
         require_guidance(self.guidance_scale)
         require(bool(self.lora_path), "--lora_path is empty: name the LoRA to compare with its base.")
         require(bool(self.seeds), "--seeds is empty: give at least one number.")
-        require(self.max_rows >= 1, "--max_rows must be at least 1.")
+        for name in ("max_rows", "num_inference_steps", "fps"):
+            require((value := getattr(self, name)) is None or value >= 1, f"--{name} must be at least 1.")
+        require(self.max_page_mb > 0, "--max_page_mb must be above 0.")
         require(
             bool(self.lora_scales)
             and min(self.lora_scales) > 0

@@ -73,7 +73,7 @@ def load_for_sampling(
     transformer, files = open_transformer(model_path, transformer_version, precision)
     _check_resolution(transformer.config.target_size, resolution)
     files.require_fit({name: value.shape for name, value in transformer.state_dict().items()})
-    if _names_text_to_video(Path(model_path)):
+    if names_text_to_video(model_path):
         require_complete(model_path, "vae", "text_encoder", "text_encoder_2")
         pipeline = HunyuanVideo15Pipeline.from_pretrained(model_path, transformer=None, dtype=precision)
     else:
@@ -136,7 +136,9 @@ def load_with_adapters(
     return pipeline, added
 
 
-def _names_text_to_video(folder: Path) -> bool:
+def names_text_to_video(model_path: str) -> bool:
+    """Says, without loading anything, whether a folder or hub name holds a text-to-video pipeline."""
+    folder = Path(model_path)
     index = folder / "model_index.json"
     if not index.is_file():
         return folder.name.endswith("t2v") and not folder.exists()  # hub names end in what the model does

@@ -11,8 +11,22 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from vflora.errors import UserError
+from vflora.model_check import check_json, check_weights
 from vflora.models.identity import Preprocessing
 from vflora.sampling import Pipeline, is_text_to_video
+
+
+def require_judge(folder: Path) -> None:
+    """Looks at the folder of a judge, without loading it.
+
+    Raises:
+        UserError: if it is missing or incomplete.
+    """
+    advice = "give a folder of transformers, such as DINOv2's"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"There is no model in {folder}: {advice}.")
+    check_json(folder / "config.json", advice)
+    check_weights(folder, advice)
 
 
 class Judge:
@@ -41,10 +55,9 @@ class Judge:
         """Loads a vision model such as DINOv2 from a folder in the transformers layout.
 
         Raises:
-            UserError: if there is no such folder.
+            UserError: as `require_judge`.
         """
-        if not (folder / "config.json").is_file():
-            raise UserError(f"There is no model in {folder}: give a folder of transformers, such as DINOv2's.")
+        require_judge(folder)
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         model = getattr(model, "vision_model", model)  # CLIP and SigLIP come with a text half
         return cls(model.to(device), Preprocessing.read(folder, model.config), folder.resolve().name)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 import shlex
 
 import pytest
@@ -133,6 +134,19 @@ def test_the_head_of_the_training_grades_beside_the_judge(root, small_models, tm
     for clip in row["clips"]:
         assert len(clip["trained_identity"]["cosines"]) == 5
         assert clip["trained_identity"] != clip["identity"]
+
+
+def test_several_loras_are_not_said_to_be_beside_the_page(root, tmp_path, caplog):
+    lora = root / "creatures" / "checkpoint-9"
+    options = {"images": [root / "pictures" / "momo.png"], "lora_scales": [1.0], "video_length": 5}
+    (tmp_path / "README.md").write_text("# Mine\n")
+    with caplog.at_level(logging.INFO):
+        run(settings(root, tmp_path, lora_path=[str(lora), str(lora / "lora")], **options))
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert "and a model card beside it, but no LoRA" in caplog.text
+    assert "README.md is not as compare wrote it and stays" in caplog.text
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    assert "--lora_path checkpoint-9 lora --lora_scale 1" in (tmp_path / "README-2.md").read_text()
 
 
 def test_what_an_earlier_comparison_left_in_the_folder_is_named_and_kept(root, tmp_path, caplog):

@@ -107,13 +107,20 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
         command=command_of(config),
         notice=config.notice,
         fps=config.fps,
+        together=tuple(Path(path).resolve().name for path in config.lora_path) if len(config.lora_path) > 1 else (),
     )
     page = write_page(comparison, config.output_dir, max_megabytes=config.max_page_mb)
-    write_card(comparison, config.output_dir, base_model=config.base_model or hub_name(config.pipeline_dir))
+    card = write_card(comparison, config.output_dir, base_model=config.base_model or hub_name(config.pipeline_dir))
     if len(config.lora_path) == 1:
         thumbnail = {"modelspec.thumbnail": thumbnail_uri(best_frame(comparison))}
         write_lora(read_adapter(config.lora_path[0]), config.output_dir, "diffusers", thumbnail)
-    log.info("wrote %s, and all that a model card needs beside it", page)
+        log.info("wrote %s, and all that a model card needs beside it", page)
+    else:
+        log.info("wrote %s and a model card beside it, but no LoRA, since several acted together", page)
+    if card.name != "README.md":
+        log.warning(
+            "%s is not as compare wrote it and stays: the new model card is %s", card.with_name("README.md"), card
+        )
     strangers = _strangers(rows, config.output_dir)
     if strangers:
         log.warning(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -33,6 +35,36 @@ def test_a_model_that_is_not_on_the_hub_is_not_named_as_base_and_gets_no_licence
     data = ModelCard(card_text(comparison, place)).data.to_dict()
     assert "base_model" not in data
     assert "license" not in data
+
+
+def test_a_card_that_was_edited_stays_and_one_that_was_not_is_replaced(comparison, tmp_path):
+    def write(title):
+        return write_card(replace(comparison, title=title), tmp_path, base_model=None)
+
+    card = write("First")
+    assert write("Second") == card == tmp_path / "README.md"
+    assert "# Second" in card.read_text()
+    edited = card.read_text().replace("# Second", "# Mine")
+    card.write_text(edited)
+    for title in ("Third", "Fourth"):
+        beside = write(title)
+        assert beside == tmp_path / "README-2.md"
+        assert f"# {title}" in beside.read_text()
+    assert card.read_text() == edited
+
+
+@pytest.mark.parametrize("text", ["", "# A project\n", "# A project\n\n<!-- a note -->\n"])
+def test_a_readme_of_something_else_stays(comparison, tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert write_card(comparison, tmp_path, base_model=None) == tmp_path / "README-2.md"
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_several_loras_are_named_as_they_were_given(comparison):
+    text = card_text(replace(comparison, together=("fox.safetensors", "old style")), None)
+    assert "--lora_path fox.safetensors 'old style' --lora_scale 0.5\n" in text
+    assert "their files are not in this repository" in text
+    assert "pytorch_lora_weights.safetensors" not in text
 
 
 def test_card_and_preview_lie_beside_each_other_and_the_numbers_are_in_tables(comparison, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import shlex
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from vflora.file_names import first_free
 from vflora.report.records import BASE, Comparison, scale_name
 from vflora.video_io import frame_grid, read_mp4
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WEIGHTS = "pytorch_lora_weights.safetensors"
 _LICENCE = {
     "license": "other",
     "license_name": "tencent-hunyuan-community",
@@ -23,6 +27,8 @@ _LICENCE = {
 
 def write_card(comparison: Comparison, folder: Path, *, base_model: str | None) -> Path:
     """Writes README.md and preview.png into `folder`, beside the page.
+
+    A README.md that somebody else wrote or edited stays, and the card gets a number.
 
     Args:
         comparison: what was found.
@@ -40,9 +46,21 @@ def write_card(comparison: Comparison, folder: Path, *, base_model: str | None) 
                 f"{shorten(row.character, 24, placeholder='…')}, {'' if scale == BASE else 'LoRA '}{scale_name(scale)}"
             )
     frame_grid(videos, labels).save(folder / "preview.png")
-    card = folder / "README.md"
-    card.write_text(card_text(comparison, base_model), encoding="utf-8")
+    card = first_free(folder / "README.md", lambda place: not place.exists() or _is_own(place))
+    card.write_text(_signed(card_text(comparison, base_model)), encoding="utf-8")
     return card
+
+
+def _signed(text: str) -> str:
+    """Adds a line that no reader sees, and that tells a card as it was written from an edited one."""
+    return f"{text}\n<!-- written by vflora compare, {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _is_own(card: Path) -> bool:
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return text == _signed(text[: text.rfind("\n<!-- ")])
 
 
 def card_text(comparison: Comparison, base_model: str | None) -> str:
@@ -120,10 +138,13 @@ def _by_character(comparison: Comparison) -> str:
 def _usage(comparison: Comparison, hub_name: str | None) -> str:
     scale = f"{comparison.best_scale:g}"
     model = hub_name or "/path/to/base_model"
-    return f"""```bash
+    command = f"""```bash
 vflora generate --model_path {model} --image_path picture.png --prompt "..." \\
-  --lora_path pytorch_lora_weights.safetensors --lora_scale {scale}
-```
+  --lora_path {shlex.join(comparison.together or [_WEIGHTS])} --lora_scale {scale}
+```"""
+    if comparison.together:
+        return f"{command}\n\nThe LoRAs act together; their files are not in this repository."
+    return f"""{command}
 
 or with diffusers:
 
@@ -132,6 +153,6 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
 
 pipeline = HunyuanVideo15ImageToVideoPipeline.from_pretrained("{model}", dtype=torch.bfloat16)
-pipeline.transformer.load_lora_adapter("pytorch_lora_weights.safetensors", prefix="transformer", adapter_name="vflora")
+pipeline.transformer.load_lora_adapter("{_WEIGHTS}", prefix="transformer", adapter_name="vflora")
 pipeline.transformer.set_adapters("vflora", {scale})
 ```"""

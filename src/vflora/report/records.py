@@ -103,6 +103,7 @@ class Comparison:
         command: that makes the page again.
         notice: shown plainly at the top, if any.
         fps: frames per second of the videos.
+        together: names of the LoRAs where several acted together; they are not beside the page, as a single one is.
     """
 
     title: str
@@ -113,6 +114,7 @@ class Comparison:
     trained_judge: str | None = None
     notice: str | None = None
     fps: float = 24
+    together: tuple[str, ...] = ()
 
     @property
     def scales(self) -> tuple[float, ...]:

@@ -136,6 +136,14 @@ def test_the_head_of_the_training_grades_beside_the_judge(root, small_models, tm
         assert clip["trained_identity"] != clip["identity"]
 
 
+def test_how_much_is_to_be_done_is_said_before_anything_is_loaded(root, tmp_path, caplog):
+    with caplog.at_level(logging.INFO), pytest.raises(UserError, match="no model at"):
+        run(settings(root, tmp_path, pipeline_dir="./nowhere", seeds=[1, 2, 3], max_rows=5))
+    (said,) = (message for message in caplog.messages if "clips of 9 frames" in message)
+    assert said.startswith("15 clips of 9 frames: 5 rows, each of the base and 2 scales")
+    assert all(flag in said for flag in ("--max_rows", "--lora_scales", "--num_inference_steps"))
+
+
 def test_several_loras_are_not_said_to_be_beside_the_page(root, tmp_path, caplog):
     lora = root / "creatures" / "checkpoint-9"
     options = {"images": [root / "pictures" / "momo.png"], "lora_scales": [1.0], "video_length": 5}

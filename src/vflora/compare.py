@@ -68,6 +68,14 @@ def run(config: CompareConfig, judge: NamedJudge | None = None) -> Path | None:
         seeds=config.seeds,
         max_rows=config.max_rows,
     )
+    log.info(
+        "%d clips of %d frames: %d rows, each of the base and %d scales; --max_rows and --lora_scales make fewer, "
+        "--num_inference_steps and --video_length make them sooner",
+        len(samples) * (1 + len(config.lora_scales)),
+        config.video_length,
+        len(samples),
+        len(config.lora_scales),
+    )
     device = torch_device(config.device)
     pipeline, adapters = load_with_adapters(
         config.pipeline_dir,

@@ -1,4 +1,4 @@
-"""Sections of the README, by their headings, so that nothing is written twice."""
+"""Sections of the README by their headings, so that nothing is written twice; elsewhere than on the site, links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parents[2] / "README.md"
-PLACE = re.compile(r"^<!-- README: (.+?) -->$", re.MULTILINE)
+PLACE = re.compile(r"^\[README: (.+?)\]\(\.\./README\.md#[\w-]+\)$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_options: Any) -> str:

@@ -18,13 +18,25 @@ from vflora.data.schema import COUNT_KEY, IDENTITY_KEY, shard_folder
 
 def encode(image: Image.Image, suffix: str, quality: int) -> bytes:
     """Encodes a picture as jpg (without colour subsampling, for drawn edges), webp or png."""
-    stream = io.BytesIO()
     if suffix == "jpg":
-        image.save(stream, "JPEG", quality=quality, subsampling=0, optimize=True)
-    elif suffix == "webp":
+        return _jpeg(image, quality)
+    stream = io.BytesIO()
+    if suffix == "webp":
         image.save(stream, "WEBP", quality=quality, method=4)
     else:
         image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def _jpeg(image: Image.Image, quality: int, *, optimize: bool = True) -> bytes:
+    stream = io.BytesIO()
+    try:
+        image.save(stream, "JPEG", quality=quality, subsampling=0, optimize=optimize)
+    except OSError:
+        if not optimize:
+            raise
+        # Pillow guesses how large an optimized file can get, and gives up where fine detail makes it larger.
+        return _jpeg(image, quality, optimize=False)
     return stream.getvalue()
 
 

@@ -20,6 +20,31 @@ def test_a_folder_per_character_however_deep_and_whatever_the_case(tmp_path):
     assert read_sources(tmp_path, "species") == [Source("bob", flat), Source("mega rayquaza", deep)]
 
 
+def test_a_characters_folder_may_be_a_link(tmp_path):
+    touch(tmp_path / "elsewhere/deep/1.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/bob").symlink_to(tmp_path / "elsewhere")
+    linked = tmp_path / "in/ada/2.png"
+    linked.parent.mkdir()
+    linked.symlink_to(tmp_path / "elsewhere/deep/1.png")
+    assert read_sources(tmp_path / "in", "species") == [
+        Source("ada", linked),
+        Source("bob", tmp_path / "in/bob/deep/1.png"),
+    ]
+
+
+def test_links_that_go_round_or_nowhere_are_named_and_left_out(tmp_path, caplog):
+    flat = touch(tmp_path / "in/bob/1.png")
+    (tmp_path / "in/again").symlink_to(tmp_path / "in")
+    (tmp_path / "in/above").symlink_to(tmp_path)
+    (tmp_path / "in/bob/round").symlink_to(tmp_path / "in/bob")
+    (tmp_path / "in/bob/gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in/lost").symlink_to(tmp_path / "nowhere")
+    assert read_sources(tmp_path / "in", "species") == [Source("bob", flat)]
+    for name in ("again leads back", "above leads back", "round is not", "gone.png is not", "lost is not"):
+        assert name in caplog.text
+
+
 def test_a_table_with_either_name_for_the_character(tmp_path):
     table = tmp_path / "t.csv"
     for column in ("character", "species"):
@@ -37,6 +62,7 @@ def test_a_table_with_either_name_for_the_character(tmp_path):
         ("t.jsonl", b'{"path": "a.png", "character": 3}\n', "Line 1"),
         ("t.jsonl", b'{"path": "a.png", "character": "ada"}\nnonsense\n', "Line 2 .* is not JSON"),
         ("t.jsonl", b'["a.png"]\n', "not a JSON object"),
+        ("t.jsonl", b'{"path": "\xe9.png", "character": "ada"}\n', "not a JSONL file in UTF-8"),
         ("t.jsonl", b"", "no jpg, jpeg, png, webp pictures"),
         ("t.xlsx", b"", "neither a folder nor"),
     ],

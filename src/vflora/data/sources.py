@@ -32,8 +32,8 @@ def read_sources(images: Path, metadata_key: str) -> list[Source]:
     """Lists the pictures to pack, sorted by character and path.
 
     Args:
-        images: a folder with one folder per character (underscores in its name count as spaces), or a .csv or .jsonl
-            file with the columns `path`, relative to the file, and `character` (or `metadata_key`).
+        images: a folder with one folder, or link to one, per character (underscores in its name count as spaces), or a
+            .csv or .jsonl file with the columns `path`, relative to the file, and `character` (or `metadata_key`).
         metadata_key: accepted as the name of the character column.
 
     Raises:
@@ -57,10 +57,8 @@ def read_sources(images: Path, metadata_key: str) -> list[Source]:
 
 def _from_folders(images: Path) -> Iterator[Source]:
     other = 0
-    for path in sorted(images.rglob("*")):
+    for path in _files(images):
         place = path.relative_to(images)
-        if any(part.startswith(".") for part in place.parts) or not path.is_file():
-            continue
         if path.suffix.lower().lstrip(".") not in SUFFIXES:
             other += 1
         elif len(place.parts) == 1:
@@ -69,6 +67,25 @@ def _from_folders(images: Path) -> Iterator[Source]:
             yield Source(canonical(place.parts[0].replace("_", " ")), path)
     if other:
         logger.warning("%d files in %s are no %s pictures and are left out.", other, images, ", ".join(SUFFIXES))
+
+
+def _files(images: Path) -> Iterator[Path]:
+    """Lists what is not hidden, in the characters' folders and beside them.
+
+    A character's folder may be a link. Links inside of one are not followed, so the way down always ends.
+    """
+    for entry in sorted(images.iterdir()):
+        inside = entry.is_dir()
+        if inside and entry.is_symlink() and images.resolve().is_relative_to(entry.resolve()):
+            logger.warning("%s leads back to %s and is left out: link to a character's pictures.", entry, images)
+            continue
+        for path in sorted(entry.rglob("*")) if inside else [entry]:
+            if any(part.startswith(".") for part in path.relative_to(images).parts):
+                continue
+            if path.is_file():
+                yield path
+            elif path.is_symlink():
+                logger.warning("The link %s is not followed: copy here what it leads to.", path)
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -80,17 +97,20 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _jsonl_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(table, encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"Line {line} of {table} is not JSON ({error}): write one object per line.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"Line {line} of {table} is not a JSON object: write one object per line.")
-            yield line, row
+    try:
+        lines = table.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table} is not a JSONL file in UTF-8 ({error}): save it as one.") from error
+    for line, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"Line {line} of {table} is not JSON ({error}): write one object per line.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"Line {line} of {table} is not a JSON object: write one object per line.")
+        yield line, row
 
 
 def _from_row(table: Path, line: int, row: dict[str, Any], metadata_key: str) -> Source:

@@ -208,6 +208,19 @@ def test_a_missing_file_of_a_table_counts_as_unreadable(folder):
     assert list(summary.unreadable) == [str(folder / "bob/none.png")]
 
 
+@pytest.mark.parametrize("name", ["bob/1.png/2.png", "x" * 300 + ".png", "bob", "\0.png"])
+def test_a_path_of_a_table_that_no_file_can_have_counts_as_unreadable(folder, name):
+    table = folder / "list.jsonl"
+    table.write_text("".join(json.dumps({"path": path, "character": "bob"}) + "\n" for path in ("bob/1.png", name)))
+    summary = run(PackConfig(table, folder.parent / "out", "species", resolution="32x48"))
+    assert list(summary.unreadable) == [str(folder / name)]
+
+
+def test_an_output_below_a_file_is_refused(folder):
+    with pytest.raises(UserError, match="0.png is a file and no folder: choose another --output"):
+        run(PackConfig(folder, folder / "bob/0.png/out", "species", resolution="32x48"))
+
+
 def test_an_existing_data_set_is_never_overwritten(folder):
     run(config(folder))
     before = (folder.parent / "out/data/train/train-000000.tar").stat().st_mtime_ns

@@ -25,6 +25,7 @@ from vflora.data.sizes import BUCKETS, bucket_size, parse_size
 from vflora.data.sources import Source, read_sources
 from vflora.data.writing import encode, write_manifest, write_shards
 from vflora.errors import UserError
+from vflora.run_folder import require_writable
 
 _SLUG_LENGTH = 40
 
@@ -141,9 +142,10 @@ def run(config: PackConfig) -> PackSummary:
     """Packs a data set. It appears under its name when it is complete, or not at all.
 
     Raises:
-        UserError: nothing to pack, too many unreadable pictures, the output exists, or the disk is full.
+        UserError: nothing to pack, too many unreadable pictures, an output that exists or has no place, or a full disk.
     """
     output = config.output.absolute()
+    require_writable(output.parent, "--output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: remove it, or choose another --output.")
     sources = read_sources(config.images, config.metadata_key)
@@ -217,8 +219,10 @@ def _each(
 def _read(source: Source) -> bytes:
     try:
         return source.path.read_bytes()
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except OSError as error:
         raise BadImageError(f"cannot be opened: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have
+        raise BadImageError(f"cannot be opened: {error}") from error
 
 
 def _prepare(config: PackConfig, source: Source, size: tuple[int, int], spool: Path) -> _Prepared:

@@ -35,9 +35,10 @@ def test_by_sample_the_part_is_met_overall_and_no_character_is_emptied(fraction)
 
 
 def test_by_sample_frequent_characters_give_their_share():
-    chosen = validation_keys(groups(a=100, b=10), 0.1, "sample", seed=0)
+    chosen = validation_keys(groups(a=100, b=20, c=10), 0.1, "sample", seed=0)
     assert sum(key.startswith("a") for key in chosen) == 10
-    assert sum(key.startswith("b") for key in chosen) == 1
+    assert sum(key.startswith("b") for key in chosen) == 2
+    assert sum(key.startswith("c") for key in chosen) == 1
 
 
 def test_by_sample_a_small_data_set_holds_pairs_out_for_the_head():
@@ -45,6 +46,30 @@ def test_by_sample_a_small_data_set_holds_pairs_out_for_the_head():
     chosen = validation_keys(made, 0.1, "sample", seed=0)
     counts = sorted(len(chosen & set(keys)) for keys in made.values())
     assert counts == [0] * 7 + [2] * 5
+
+
+@pytest.mark.parametrize("characters", [2, 3, 4, 5])
+@pytest.mark.parametrize("pictures", [6, 7, 8, 10, 16])
+@pytest.mark.parametrize("fraction", [0.01, 0.1])
+def test_by_sample_few_characters_hold_two_pairs_out_however_few_pictures_there_are(characters, pictures, fraction):
+    made = groups(**{name: pictures for name in "abcde"[:characters]})
+    chosen = validation_keys(made, fraction, "sample", seed=42)
+    counts = [len(chosen & set(keys)) for keys in made.values()]
+    assert sum(count >= 2 for count in counts) >= 2
+    assert max(counts) == 2
+
+
+@pytest.mark.parametrize("sizes", [{"a": 100, "b": 6}, {"a": 60, "b": 8, "c": 8}, {"a": 6, "b": 6, "c": 3, "d": 2}])
+def test_by_sample_the_second_pair_comes_from_whoever_has_room_for_it(sizes):
+    made = groups(**sizes)
+    chosen = validation_keys(made, 0.1, "sample", seed=0)
+    counts = {name: len(chosen & set(keys)) for name, keys in made.items()}
+    assert sum(count >= 2 for count in counts.values()) == 2
+    assert all(sizes[name] >= 6 for name, count in counts.items() if count >= 2)
+
+
+def test_by_sample_nothing_is_held_out_where_nothing_was_asked_for():
+    assert validation_keys(groups(a=8, b=8), 0.0, "sample", seed=0) == set()
 
 
 def test_by_sample_no_pair_is_held_out_where_too_few_would_stay_to_train_on():

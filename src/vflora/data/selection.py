@@ -44,7 +44,8 @@ def validation_keys(
         groups: character -> keys of its samples.
         fraction: part of all samples, or of all characters, in [0, 1).
         by: "sample" takes some of every character and never its last one; where that would be one of each, it takes
-            two of some instead, as the head is judged by pairs; "identity" takes whole characters.
+            two of some instead, and of two characters at least, as the head is judged by pairs; "identity" takes whole
+            characters.
         seed: decides which.
     """
     if by == "identity":
@@ -66,20 +67,26 @@ def validation_keys(
         if missing > 0 and counts[name] + 1 < len(groups[name]):
             counts[name] += 1
             missing -= 1
-    counts = _in_pairs(counts, [name for name in by_remainder if len(groups[name]) >= _ROOM_FOR_A_PAIR])
+    if fraction > 0:
+        counts = _in_pairs(counts, [name for name in by_remainder if len(groups[name]) >= _ROOM_FOR_A_PAIR])
     return {key for name in groups for key in shuffled[name][: counts[name]]}
 
 
 def _in_pairs(counts: Mapping[str, int], roomy: Sequence[str]) -> Mapping[str, int]:
     """Holds two of one character out where one of each of two was, if no two characters have two otherwise.
 
+    Where that would not make two of two characters either, two characters give two each, though it is more than was
+    asked for: with less the head cannot be judged.
+
     Args:
         counts: how many pictures of each character validate.
         roomy: characters that can give two, the first ones first.
     """
     single = [name for name in sorted(counts) if counts[name] == 1]
-    takers = [name for name in roomy if counts[name] == 1][: len(single) // 2]
     there = sum(count > 1 for count in counts.values())
+    takers = [name for name in roomy if counts[name] == 1][: len(single) // 2]
+    if there + len(takers) < 2:
+        takers = sorted((name for name in roomy if counts[name] < 2), key=lambda name: -counts[name])[: 2 - there]
     if there > 1 or there + len(takers) < 2:
         return counts
     givers = [name for name in single if name not in takers][: len(takers)]

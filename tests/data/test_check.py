@@ -46,6 +46,14 @@ def test_what_pack_writes_passes(kit, tmp_path, val_by):
     assert problems(tmp_path / "out") == []
 
 
+def test_what_the_head_would_refuse_is_told_and_is_nothing_wrong(kit, wds_root, tmp_path, capsys):
+    assert run(CheckConfig(wds_root)) == 0
+    assert "train-head needs two characters with 2 pictures in the validation split" in capsys.readouterr().out
+    kit.write_data_set(tmp_path / "one", {"ada": 8})
+    assert run(CheckConfig(tmp_path / "one")) == 0
+    assert "nothing is wrong.\ntrain-head needs at least two characters" in capsys.readouterr().out
+
+
 def test_everything_wrong_is_listed_at_once(kit, wds_root, capsys):
     broken = [
         *kit.sample_members("torn", "ada", 0, kit.encoded(kit.picture(1))[:90]),

@@ -120,6 +120,13 @@ def test_the_references_layout_and_flags(kit, tmp_path):
     assert {identity: len(pool) for identity, pool in index.pools.items()} == {0: 2, 1: 2}
 
 
+def test_one_identity_is_refused_with_what_helps(kit, tmp_path):
+    index = IdentityIndex.open(kit.write_data_set(tmp_path / "one", {"ada": 8}))
+    with pytest.raises(UserError, match="one character only.*pack pictures of others") as refusal:
+        load(index, 1, identities=2)
+    assert "--pk_instances" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [("species", "'ada' for 'species', which is no whole number.*--id_key"), ("name", "no column 'name'")],

@@ -64,6 +64,14 @@ def test_pictures_that_had_to_be_enlarged_are_told(folder, fit, enlarged):
     assert any("17 pictures that are smaller than 48x96" in line for line in summary.lines()) == (enlarged > 0)
 
 
+def test_what_the_head_would_refuse_is_told(kit, folder):
+    """Only one of the two characters has enough pictures to give two."""
+    assert "validation split, and 0 have so many" in run(config(folder)).lines()[-1]
+    kit.picture(1, (60, 90)).save(folder / "bob/more.png")
+    os.rename(folder.parent / "out", folder.parent / "first")
+    assert not any("train-head" in line for line in run(config(folder)).lines())
+
+
 def test_metadata_and_manifests_serve_both_trainings(folder):
     run(config(folder))
     with tarfile.open(folder.parent / "out/data/train/train-000000.tar") as tar:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vflora.data.head_needs import missing_for_the_head
 from vflora.data.images import MAX_MEGAPIXELS, BadImageError, decode
 from vflora.data.schema import (
     COUNT_KEY,
@@ -114,6 +115,9 @@ def run(config: CheckConfig) -> int:
     for line in table(findings.problems):
         tqdm.write(line)
     tqdm.write(_summary(findings))
+    if not findings.problems and findings.without_identity < findings.samples:
+        for line in missing_for_the_head(findings.counts):
+            tqdm.write(line)
     return 1 if findings.problems else 0
 
 

@@ -189,7 +189,7 @@ class HeadLoader:
         position: batches handed out, `start_batch` included; all the state there is.
 
     Raises:
-        UserError: the split has too few identities with K pictures.
+        UserError: the split has one identity, or too few with K pictures.
     """
 
     def __init__(
@@ -206,6 +206,11 @@ class HeadLoader:
         start_batch: int = 0,
         max_bad_samples: int = 16,
     ) -> None:
+        if len(index.pools) < 2:
+            raise UserError(
+                "The training split shows one character only, and a head learns to tell characters apart: pack "
+                "pictures of others of its kind into a set for the head, and train the LoRA on this one."
+            )
         pools = index.with_at_least(instances)
         plan = IdentityBatches(pools, identities, instances, max_per_identity, seed, rank, world_size)
         self._batches = HeadBatches(plan, index.size)

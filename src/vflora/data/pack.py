@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 from tqdm import tqdm
 
 from vflora.data.decoding import FaultCounter
+from vflora.data.head_needs import missing_for_the_head
 from vflora.data.images import MAX_MEGAPIXELS, BadImageError, decode, fit, upright_size
 from vflora.data.sampling import keyed_random
 from vflora.data.schema import COUNT_KEY, IDENTITY_KEY, SPLITS, manifest_path
@@ -126,7 +127,7 @@ class PackSummary:
                 f"  enlarged: {self.enlarged} pictures that are smaller than {self.size[0]}x{self.size[1]}; the LoRA "
                 "learns their softness too: get larger ones, or pack at a lower --resolution"
             )
-        return text
+        return [*text, *missing_for_the_head(self.counts)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vflora.data.images import decode, upright_size
-from vflora.data.pack import PackConfig, run, sample_key
+from vflora.data.pack import PackConfig, PackSummary, run, sample_key
 from vflora.data.schema import DataSet
 from vflora.errors import UserError
 
@@ -62,6 +62,12 @@ def test_pictures_that_had_to_be_enlarged_are_told(folder, fit, enlarged):
     summary = run(config(folder, resolution="48x96", fit=fit))
     assert summary.enlarged == enlarged
     assert any("17 pictures that are smaller than 48x96" in line for line in summary.lines()) == (enlarged > 0)
+
+
+def test_the_characters_are_listed_with_their_pictures(folder):
+    assert "  bob 5, mega rayquaza 12" in run(config(folder)).lines()
+    many = PackSummary((32, 48), {"train": {f"c{i:02}": i + 1 for i in range(12)}, "val": {"c00": 4}}, 0, {}, 0)
+    assert "  c00 5, c01 2, c02 3, c03 4, c04 5, c05 6, c06 7, c07 8, c08 9, c09 10, and 2 more" in many.lines()
 
 
 def test_what_the_head_would_refuse_is_told(kit, folder):

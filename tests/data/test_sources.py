@@ -45,6 +45,17 @@ def test_links_that_go_round_or_nowhere_are_named_and_left_out(tmp_path, caplog)
         assert name in caplog.text
 
 
+def test_names_that_begin_with_repeats_are_warned_of(tmp_path, caplog):
+    touch(tmp_path / "10_ohwx cat/1.png")
+    touch(tmp_path / "2b android/1.png")
+    read_sources(tmp_path, "species")
+    assert "(10_ohwx cat): rename them" in caplog.text
+    caplog.clear()
+    (tmp_path / "t.csv").write_text("path,character\na.png,3_bob\nb.png,ada\n")
+    read_sources(tmp_path / "t.csv", "species")
+    assert "(3_bob): rename them" in caplog.text
+
+
 def test_a_table_with_either_name_for_the_character(tmp_path):
     table = tmp_path / "t.csv"
     for column in ("character", "species"):

@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from vflora.errors import UserError
 from vflora.run_folder import require_writable
 
 _SLUG_LENGTH = 40
+_CHARACTERS_NAMED = 10
 
 T = TypeVar("T")
 
@@ -116,9 +118,12 @@ class PackSummary:
 
     def lines(self) -> list[str]:
         """Returns the summary as text."""
-        characters = {name for counts in self.counts.values() for name in counts}
-        total = sum(sum(counts.values()) for counts in self.counts.values())
-        text = [f"{total} pictures of {len(characters)} characters, {self.size[0]}x{self.size[1]}"]
+        characters = Counter[str]()
+        for counts in self.counts.values():
+            characters.update(counts)
+        text = [f"{characters.total()} pictures of {len(characters)} characters, {self.size[0]}x{self.size[1]}"]
+        named = [f"{name} {count}" for name, count in sorted(characters.items())]
+        text.append(f"  {_first(named, _CHARACTERS_NAMED)}")
         for split, counts in self.counts.items():
             text.append(f"  {split:5} {sum(counts.values()):7} pictures, {len(counts)} characters")
         text.append(f"  left out: {self.duplicates} near-duplicates, {len(self.unreadable)} unreadable")
@@ -128,6 +133,11 @@ class PackSummary:
                 "learns their softness too: get larger ones, or pack at a lower --resolution"
             )
         return [*text, *missing_for_the_head(self.counts)]
+
+
+def _first(items: Sequence[str], most: int) -> str:
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return ", ".join([*items[:most], *more])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 PATH_COLUMN = "path"
 CHARACTER_COLUMN = "character"
+_REPEATS = re.compile(r"\d+_")
+"""How kohya's folders say how often their pictures come."""
 
 
 @dataclass(frozen=True, order=True)
@@ -40,12 +43,11 @@ def read_sources(images: Path, metadata_key: str) -> list[Source]:
         UserError: nothing there, no character folders, a column missing, or no pictures.
     """
     if images.is_dir():
-        found = list(_from_folders(images))
+        found = _from_folders(images)
     elif not images.is_file():
         raise UserError(f"There is no folder or table {images}: give a folder with one folder per character.")
     elif images.suffix.lower() in (".csv", ".jsonl"):
-        rows = _csv_rows(images) if images.suffix.lower() == ".csv" else _jsonl_rows(images)
-        found = [_from_row(images, line, row, metadata_key) for line, row in rows]
+        found = _from_table(images, metadata_key)
     else:
         raise UserError(f"{images} is neither a folder nor a .csv or .jsonl table: give one of these.")
     if not found:
@@ -55,8 +57,8 @@ def read_sources(images: Path, metadata_key: str) -> list[Source]:
     return sorted(set(found))
 
 
-def _from_folders(images: Path) -> Iterator[Source]:
-    other = 0
+def _from_folders(images: Path) -> list[Source]:
+    found, names, other = [], set(), 0
     for path in _files(images):
         place = path.relative_to(images)
         if path.suffix.lower().lstrip(".") not in SUFFIXES:
@@ -64,9 +66,12 @@ def _from_folders(images: Path) -> Iterator[Source]:
         elif len(place.parts) == 1:
             raise UserError(f"{path} lies in no character's folder: move it into {images}/<character>/.")
         else:
-            yield Source(canonical(place.parts[0].replace("_", " ")), path)
+            names.add(place.parts[0])
+            found.append(Source(canonical(place.parts[0].replace("_", " ")), path))
     if other:
         logger.warning("%d files in %s are no %s pictures and are left out.", other, images, ", ".join(SUFFIXES))
+    _warn_of_repeats(names)
+    return found
 
 
 def _files(images: Path) -> Iterator[Path]:
@@ -86,6 +91,22 @@ def _files(images: Path) -> Iterator[Path]:
                 yield path
             elif path.is_symlink():
                 logger.warning("The link %s is not followed: copy here what it leads to.", path)
+
+
+def _from_table(table: Path, metadata_key: str) -> list[Source]:
+    rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _jsonl_rows(table)
+    found = [_from_row(table, line, row, metadata_key) for line, row in rows]
+    _warn_of_repeats({source.character for source in found})
+    return found
+
+
+def _warn_of_repeats(names: Iterable[str]) -> None:
+    if numbered := sorted(name for name in names if _REPEATS.match(name)):
+        logger.warning(
+            "Prompts will call characters by the numbers before their names too (%s): rename them as a prompt would "
+            "call them; repeats have no use here.",
+            ", ".join(numbered),
+        )
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:

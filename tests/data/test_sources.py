@@ -56,6 +56,29 @@ def test_names_that_begin_with_repeats_are_warned_of(tmp_path, caplog):
     assert "(3_bob): rename them" in caplog.text
 
 
+def test_captions_are_named_as_not_used(tmp_path, caplog):
+    for name in ("1.png", "1.txt", "2.JPG", "2.txt", "notes.txt"):
+        touch(tmp_path / "bob" / name)
+    read_sources(tmp_path, "species")
+    assert "2 captions (.txt) are not used: prompts come from --prompt_bank" in caplog.text
+    assert "1 files" in caplog.text
+    caplog.clear()
+    (tmp_path / "t.csv").write_text("path,text,caption\na.png,ada,she walks\n")
+    assert read_sources(tmp_path / "t.csv", "text") == [Source("ada", tmp_path / "a.png")]
+    assert "The column 'caption' of" in caplog.text
+    assert "The column 'text' of" not in caplog.text
+
+
+def test_pictures_of_another_kind_are_counted_and_to_be_converted(tmp_path, caplog):
+    for name in ("1.HEIC", "2.heic", "3.heic", "notes.txt", "README"):
+        touch(tmp_path / "bob" / name)
+    with pytest.raises(UserError, match=r"only 3 .heic, 1 .txt, 1 without a suffix in .*: convert .heic to JPEG"):
+        read_sources(tmp_path, "species")
+    touch(tmp_path / "bob/4.png")
+    read_sources(tmp_path, "species")
+    assert "left out (3 .heic, 1 .txt, 1 without a suffix): convert .heic to JPEG." in caplog.text
+
+
 def test_a_table_with_either_name_for_the_character(tmp_path):
     table = tmp_path / "t.csv"
     for column in ("character", "species"):

@@ -6,7 +6,8 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 PATH_COLUMN = "path"
 CHARACTER_COLUMN = "character"
+_CONVERTIBLE = {".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl"}
+"""Pictures that are not read: the telephone's and others."""
+_CAPTION_COLUMNS = {"caption", "text", "prompt"}
 _REPEATS = re.compile(r"\d+_")
 """How kohya's folders say how often their pictures come."""
 
@@ -58,20 +62,49 @@ def read_sources(images: Path, metadata_key: str) -> list[Source]:
 
 
 def _from_folders(images: Path) -> list[Source]:
-    found, names, other = [], set(), 0
+    found, names, others = [], set(), []
     for path in _files(images):
         place = path.relative_to(images)
         if path.suffix.lower().lstrip(".") not in SUFFIXES:
-            other += 1
+            others.append(path)
         elif len(place.parts) == 1:
             raise UserError(f"{path} lies in no character's folder: move it into {images}/<character>/.")
         else:
             names.add(place.parts[0])
             found.append(Source(canonical(place.parts[0].replace("_", " ")), path))
-    if other:
-        logger.warning("%d files in %s are no %s pictures and are left out.", other, images, ", ".join(SUFFIXES))
+    _name_left_out(images, {source.path.with_suffix("") for source in found}, others)
     _warn_of_repeats(names)
     return found
+
+
+def _name_left_out(images: Path, pictures: Set[Path], others: Sequence[Path]) -> None:
+    """Says what of a folder is not packed, and what could be.
+
+    Args:
+        images: the folder.
+        pictures: what is packed, without suffixes.
+        others: all other files.
+
+    Raises:
+        UserError: the only pictures there are of a kind that is not read.
+    """
+    captions = {path for path in others if path.suffix.lower() == ".txt" and path.with_suffix("") in pictures}
+    if captions:
+        logger.warning("%d captions (.txt) are not used: prompts come from --prompt_bank.", len(captions))
+    kinds = Counter(path.suffix.lower() or "without a suffix" for path in others if path not in captions)
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    convertible = sorted(_CONVERTIBLE & kinds.keys())
+    if convertible and not pictures:
+        raise UserError(f"There are only {found} in {images}: convert {' and '.join(convertible)} to JPEG.")
+    if kinds:
+        logger.warning(
+            "%d files in %s are no %s pictures and are left out (%s)%s.",
+            kinds.total(),
+            images,
+            ", ".join(SUFFIXES),
+            found,
+            f": convert {' and '.join(convertible)} to JPEG" if convertible else "",
+        )
 
 
 def _files(images: Path) -> Iterator[Path]:
@@ -94,8 +127,11 @@ def _files(images: Path) -> Iterator[Path]:
 
 
 def _from_table(table: Path, metadata_key: str) -> list[Source]:
-    rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _jsonl_rows(table)
+    rows = list(_csv_rows(table) if table.suffix.lower() == ".csv" else _jsonl_rows(table))
     found = [_from_row(table, line, row, metadata_key) for line, row in rows]
+    columns = {column for _, row in rows for column in row}
+    for column in sorted(_CAPTION_COLUMNS & columns - {metadata_key}):
+        logger.warning("The column %r of %s is not used: prompts come from --prompt_bank.", column, table)
     _warn_of_repeats({source.character for source in found})
     return found
 

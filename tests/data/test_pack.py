@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vflora.data.images import decode, upright_size
-from vflora.data.pack import PackConfig, PackSummary, run, sample_key
+from vflora.data.pack import PackConfig, run, sample_key
 from vflora.data.schema import DataSet
 from vflora.errors import UserError
 
@@ -66,8 +66,6 @@ def test_pictures_that_had_to_be_enlarged_are_told(folder, fit, enlarged):
 
 def test_the_characters_are_listed_with_their_pictures(folder):
     assert "  bob 5, mega rayquaza 12" in run(config(folder)).lines()
-    many = PackSummary((32, 48), {"train": {f"c{i:02}": i + 1 for i in range(12)}, "val": {"c00": 4}}, 0, {}, 0)
-    assert "  c00 5, c01 2, c02 3, c03 4, c04 5, c05 6, c06 7, c07 8, c08 9, c09 10, and 2 more" in many.lines()
 
 
 def test_what_the_head_would_refuse_is_told(kit, folder):
@@ -76,6 +74,22 @@ def test_what_the_head_would_refuse_is_told(kit, folder):
     kit.picture(1, (60, 90)).save(folder / "bob/more.png")
     os.rename(folder.parent / "out", folder.parent / "first")
     assert not any("train-head" in line for line in run(config(folder)).lines())
+
+
+@pytest.mark.parametrize(("fit", "said"), [("crop", True), ("pad", False)])
+def test_what_cropping_cuts_off_is_told(kit, folder, fit, said):
+    """At a height of 32 the panorama is 960 wide, of which 48 stay; the others have the shape that is wanted."""
+    kit.picture(1, (40, 1200)).save(folder / "bob/panorama.png")
+    lines = run(config(folder, fit=fit)).lines()
+    told = f"cropped: 1 pictures lose more than a quarter of their area, {folder}/bob/panorama.png most (95%)"
+    assert any(told in line and "--fit pad" in line for line in lines) == said
+
+
+def test_pictures_that_are_enlarged_far_too_much_are_named(kit, folder):
+    kit.picture(1, (8, 12)).save(folder / "bob/thumbnail.png")
+    kit.picture(2, (7, 12)).save(folder / "bob/icon.png")
+    (line,) = [line for line in run(config(folder, resolution="32x64")).lines() if "far too much" in line]
+    assert line.endswith(f": {folder}/bob/icon.png (5.3 times), {folder}/bob/thumbnail.png (5.3 times)")
 
 
 def test_metadata_and_manifests_serve_both_trainings(folder):
@@ -138,6 +152,7 @@ def test_near_duplicates_within_a_character_are_dropped_and_the_largest_stays(ki
     smooth.save(folder / "Mega_Rayquaza/same.png")
     summary = run(config(folder, val_split=0.0))
     assert summary.duplicates == 1
+    assert f"    {folder}/bob/small.jpg looks like {folder}/bob/large.png" in summary.lines()
     assert summary.counts["train"] == {"bob": 6, "mega rayquaza": 13}
     kept = rows(folder.parent / "out")
     assert sample_key("bob", (folder / "bob/large.png").read_bytes()) in kept
@@ -151,6 +166,7 @@ def test_near_duplicates_may_be_kept_but_never_the_same_file_twice(folder):
     summary = run(config(folder, duplicate_distance=-1, val_split=0.0))
     assert summary.counts["train"]["bob"] == 6
     assert summary.duplicates == 2
+    assert (str(folder / "bob/copy2.png"), str(folder / "bob/0.png")) in summary.twins
 
 
 def test_rotated_transparent_and_grey_pictures_become_upright_rgb(kit, tmp_path):

@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from vflora.data.images import decode
-from vflora.data.selection import perceptual_hash, validation_keys, without_near_duplicates
+from vflora.data.selection import near_duplicates, perceptual_hash, validation_keys
 
 
 def groups(**sizes: int) -> dict[str, list[str]]:
@@ -20,9 +20,9 @@ def test_the_hash_hardly_moves_under_compression_and_scaling(kit):
 
 def test_only_hashes_further_apart_than_the_distance_stay():
     hashes = [("a", 0b0000), ("b", 0b0011), ("c", 0b0111), ("d", 0b1111), ("e", 0b0000)]
-    assert without_near_duplicates(hashes, 2) == ["a", "c"]
-    assert without_near_duplicates(hashes, 0) == ["a", "b", "c", "d"]
-    assert without_near_duplicates(hashes, -1) == ["a", "b", "c", "d", "e"]
+    assert near_duplicates(hashes, 2) == {"b": "a", "d": "c", "e": "a"}
+    assert near_duplicates(hashes, 0) == {"e": "a"}
+    assert near_duplicates(hashes, -1) == {}
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5])

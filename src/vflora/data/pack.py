@@ -8,8 +8,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Literal, TypeVar
 from tqdm import tqdm
 
 from vflora.data.decoding import FaultCounter
-from vflora.data.head_needs import missing_for_the_head
 from vflora.data.images import MAX_MEGAPIXELS, BadImageError, decode, fit, upright_size
+from vflora.data.pack_summary import PackSummary
 from vflora.data.sampling import keyed_random
 from vflora.data.schema import COUNT_KEY, IDENTITY_KEY, SPLITS, manifest_path
-from vflora.data.selection import perceptual_hash, validation_keys, without_near_duplicates
+from vflora.data.selection import near_duplicates, perceptual_hash, validation_keys
 from vflora.data.sizes import BUCKETS, bucket_size, parse_size
 from vflora.data.sources import Source, read_sources
 from vflora.data.writing import encode, write_manifest, write_shards
@@ -30,7 +29,6 @@ from vflora.errors import UserError
 from vflora.run_folder import require_writable
 
 _SLUG_LENGTH = 40
-_CHARACTERS_NAMED = 10
 
 T = TypeVar("T")
 
@@ -107,46 +105,13 @@ class PackConfig:
 
 
 @dataclass(frozen=True)
-class PackSummary:
-    """What came out: size, pictures by split and character, what was left out, and how many had to be enlarged."""
-
-    size: tuple[int, int]
-    counts: Mapping[str, Mapping[str, int]]
-    duplicates: int
-    unreadable: Mapping[str, str]
-    enlarged: int
-
-    def lines(self) -> list[str]:
-        """Returns the summary as text."""
-        characters = Counter[str]()
-        for counts in self.counts.values():
-            characters.update(counts)
-        text = [f"{characters.total()} pictures of {len(characters)} characters, {self.size[0]}x{self.size[1]}"]
-        named = [f"{name} {count}" for name, count in sorted(characters.items())]
-        text.append(f"  {_first(named, _CHARACTERS_NAMED)}")
-        for split, counts in self.counts.items():
-            text.append(f"  {split:5} {sum(counts.values()):7} pictures, {len(counts)} characters")
-        text.append(f"  left out: {self.duplicates} near-duplicates, {len(self.unreadable)} unreadable")
-        if self.enlarged:
-            text.append(
-                f"  enlarged: {self.enlarged} pictures that are smaller than {self.size[0]}x{self.size[1]}; the LoRA "
-                "learns their softness too: get larger ones, or pack at a lower --resolution"
-            )
-        return [*text, *missing_for_the_head(self.counts)]
-
-
-def _first(items: Sequence[str], most: int) -> str:
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return ", ".join([*items[:most], *more])
-
-
-@dataclass(frozen=True)
 class _Prepared:
     source: Source
     key: str
     hash: int
     pixels: int
-    enlarged: bool
+    lost: float
+    scale: float
 
 
 def run(config: PackConfig) -> PackSummary:
@@ -187,7 +152,7 @@ def _pack(config: PackConfig, sources: list[Source], work: Path, finished: Path)
     spool = work / "pictures"
     spool.mkdir()
     prepared = _each(config, sources, lambda source: _prepare(config, source, size, spool), faults, "pictures")
-    groups = _select([row for _, row in prepared], config.duplicate_distance)
+    groups, twins = _select([row for _, row in prepared], config.duplicate_distance)
     numbers = {character: number for number, character in enumerate(sorted(groups))}
     characters = {key: character for character, keys in groups.items() for key in keys}
     validation = validation_keys(groups, config.val_split, config.val_by, config.seed)
@@ -203,8 +168,15 @@ def _pack(config: PackConfig, sources: list[Source], work: Path, finished: Path)
             name: sum(characters[key] == name for key in keys) for name in sorted({characters[key] for key in keys})
         }
         write_manifest(manifest_path(finished, split), config.metadata_key, counts[split], numbers)
-    enlarged = sum(row.enlarged and row.key in characters for _, row in prepared)
-    return PackSummary(size, counts, len(prepared) - len(characters), dict(faults.faults), enlarged)
+    packed = {str(row.source.path): row for _, row in prepared if row.key in characters}
+    return PackSummary(
+        size,
+        counts,
+        twins,
+        dict(faults.faults),
+        {file: row.lost for file, row in packed.items()},
+        {file: row.scale for file, row in packed.items()},
+    )
 
 
 def _each(
@@ -243,8 +215,15 @@ def _prepare(config: PackConfig, source: Source, size: tuple[int, int], spool: P
     key = sample_key(source.character, data)
     (spool / key).write_bytes(encode(image, config.image_format, config.quality))
     scales = size[0] / original.height, size[1] / original.width
-    enlarged = (max if config.fit == "crop" else min)(scales) > 1
-    return _Prepared(source, key, perceptual_hash(image), original.width * original.height, enlarged)
+    cropping = config.fit == "crop"
+    return _Prepared(
+        source,
+        key,
+        perceptual_hash(image),
+        original.width * original.height,
+        lost=1 - min(scales) / max(scales) if cropping else 0.0,
+        scale=max(scales) if cropping else min(scales),
+    )
 
 
 def sample_key(character: str, data: bytes) -> str:
@@ -255,13 +234,22 @@ def sample_key(character: str, data: bytes) -> str:
     return f"{slug}-{digest.hexdigest()}"
 
 
-def _select(prepared: list[_Prepared], distance: int) -> dict[str, list[str]]:
-    """Groups keys by character without near-duplicates; of several alike the largest original stays."""
+def _select(prepared: list[_Prepared], distance: int) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    """Groups keys by character without near-duplicates; of several alike the largest original stays.
+
+    Returns:
+        The groups, and each file that was left out with the file that it looks like.
+    """
     by_character: dict[str, dict[str, _Prepared]] = {}
+    twins = []
     for row in prepared:
-        by_character.setdefault(row.source.character, {}).setdefault(row.key, row)
+        first = by_character.setdefault(row.source.character, {}).setdefault(row.key, row)
+        if first is not row:
+            twins.append((str(row.source.path), str(first.source.path)))
     groups = {}
     for character, rows in by_character.items():
         best_first = sorted(rows.values(), key=lambda row: (-row.pixels, row.source.path))
-        groups[character] = without_near_duplicates(((row.key, row.hash) for row in best_first), distance)
-    return groups
+        alike = near_duplicates(((row.key, row.hash) for row in best_first), distance)
+        groups[character] = [row.key for row in best_first if row.key not in alike]
+        twins += [(str(rows[key].source.path), str(rows[twin].source.path)) for key, twin in alike.items()]
+    return groups, twins

@@ -21,18 +21,22 @@ def perceptual_hash(image: Image.Image) -> int:
     return int.from_bytes(bits.tobytes(), "big")
 
 
-def without_near_duplicates(hashes: Iterable[tuple[str, int]], distance: int) -> list[str]:
-    """Returns the names whose hash is more than `distance` bits away from every one kept before it.
+def near_duplicates(hashes: Iterable[tuple[str, int]], distance: int) -> dict[str, str]:
+    """Returns the names that are too much like one kept before them, each with that one; all others are kept.
 
     Args:
         hashes: names and perceptual hashes; the better pictures first.
         distance: in bits of 64; negative keeps everything.
     """
     kept: dict[str, int] = {}
+    twins = {}
     for name, value in hashes:
-        if all((value ^ other).bit_count() > distance for other in kept.values()):
+        twin = next((kept_name for kept_name, other in kept.items() if (value ^ other).bit_count() <= distance), None)
+        if twin is None:
             kept[name] = value
-    return list(kept)
+        else:
+            twins[name] = twin
+    return twins
 
 
 def validation_keys(

@@ -172,6 +172,14 @@ def test_no_data_set(tmp_path):
         run(CheckConfig(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("settings", [{}, {"metadata_key": "species"}])
+def test_a_folder_of_pictures_is_to_be_packed_first(kit, tmp_path, settings):
+    (tmp_path / "bob").mkdir()
+    kit.picture(1).save(tmp_path / "bob/1.png")
+    with pytest.raises(UserError, match="no packed data set: run `vflora data pack` first"):
+        run(CheckConfig(tmp_path, **settings))
+
+
 def test_several_columns_ask_for_the_key(wds_root):
     path = wds_root / "manifest/train_manifest.csv"
     path.write_text("species,colour,identity_id,count\n")

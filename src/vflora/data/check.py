@@ -130,6 +130,10 @@ def check(config: CheckConfig) -> Findings:
     root = config.wds_root
     if not root.is_dir():
         raise UserError(f"There is no data set {root}: give the folder that `vflora data pack` wrote.")
+    if not any(shard_folder(root, split).is_dir() or manifest_path(root, split).is_file() for split in SPLITS):
+        raise UserError(
+            f"{root} is no packed data set: run `vflora data pack` first, and give the folder that it wrote."
+        )
     shards = {split: sorted(shard_folder(root, split).glob("*.tar")) for split in SPLITS}
     metadata_key = config.metadata_key or _guess_key(root)
     findings = Findings()

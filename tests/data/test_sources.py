@@ -90,6 +90,11 @@ def test_a_table_with_either_name_for_the_character(tmp_path):
     ("name", "text", "message"),
     [
         ("t.csv", b"path,name\na.png,ada\n", "Line 2 of .*t.csv lacks text for 'path' or for 'character'"),
+        ("t.csv", b"path,name\na.png,ada\n", "'character' or 'species': .* has the columns path, name"),
+        ("t.csv", b"file,character\na.png,ada,more\n", "has the columns file, character"),
+        ("t.csv", b"path;character\na.png;ada\n", "looks separated by ';' where commas belong"),
+        ("t.csv", b"path\tcharacter\na.png\tada\n", "looks separated by tabs"),
+        ("t.jsonl", b"{}\n", "has the columns none"),
         ("t.csv", b"path,character\n,ada\n", "Line 2"),
         ("t.csv", b"path,character\na.png\n", "Line 2"),
         ("t.csv", b"\xff\xfe\x00\x81", "not a CSV file in UTF-8"),
@@ -105,6 +110,12 @@ def test_unusable_tables(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text)
     with pytest.raises(UserError, match=message):
         read_sources(tmp_path / name, "species")
+
+
+def test_a_column_is_named_once_where_both_names_are_one(tmp_path):
+    (tmp_path / "t.csv").write_text("path,name\na.png,ada\n")
+    with pytest.raises(UserError, match="for 'path' or for 'character': every line"):
+        read_sources(tmp_path / "t.csv", "character")
 
 
 def test_nothing_there(tmp_path):

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,18 @@ def _from_row(table: Path, line: int, row: dict[str, Any], metadata_key: str) ->
     path = row.get(PATH_COLUMN)
     character = row.get(CHARACTER_COLUMN, row.get(metadata_key))
     if not isinstance(path, str) or not path or not isinstance(character, str) or not canonical(character):
+        wanted = " or ".join(dict.fromkeys((repr(CHARACTER_COLUMN), repr(metadata_key))))
         raise UserError(
-            f"Line {line} of {table} lacks text for {PATH_COLUMN!r} or for {CHARACTER_COLUMN!r} "
-            f"(or {metadata_key!r}): every line needs both."
+            f"Line {line} of {table} lacks text for {PATH_COLUMN!r} or for {wanted}: every line needs both, and "
+            f"{_described(row)}."
         )
     return Source(canonical(character), table.parent / path)
+
+
+def _described(row: Mapping[str | None, Any]) -> str:
+    """Says which columns were found; what has more values than the table has columns is filed under None."""
+    columns = [column for column in row if column is not None]
+    for mark, name in ((";", "';'"), ("\t", "tabs")):
+        if any(mark in column for column in columns):
+            return f"this table looks separated by {name} where commas belong"
+    return f"this one has the columns {', '.join(columns) or 'none'}"

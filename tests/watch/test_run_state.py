@@ -55,6 +55,15 @@ def test_a_run_that_says_nothing_for_long_is_called_quiet_unless_it_is_done(fold
     assert run.seconds_left() == 0
 
 
+@pytest.mark.parametrize("log_every", ["log_every_steps", "log_every"])
+def test_a_training_is_not_quiet_before_its_next_lines_are_due_under_either_name_of_their_distance(tmp_path, log_every):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({log_every: 25}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 25, "seconds/step": 8.0}\n')
+    for age, is_quiet in ((150, False), (700, True)):
+        os.utime(tmp_path / "metrics.jsonl", (time.time() - age, time.time() - age))
+        assert read_run(tmp_path).is_quiet is is_quiet
+
+
 def test_a_run_that_has_only_begun_can_be_watched(tmp_path):
     (tmp_path / "config.yaml").write_text("max_train_steps: 100\n")
     run = read_run(tmp_path)

@@ -18,7 +18,8 @@ from vflora.previews import Preview, find_previews
 
 _RECENT = 50
 _TOTALS = ("max_train_steps", "total_steps")
-_EVERY = ("val_every_steps", "val_every")
+_VALIDATE_EVERY = ("val_every_steps", "val_every")
+_LOG_EVERY = ("log_every_steps", "log_every")
 _QUIET_S = 120.0
 
 
@@ -50,7 +51,12 @@ class RunState:
     @property
     def total(self) -> int | None:
         """Optimizer steps of the whole run, if the settings say so."""
-        return next((int(self.settings[name]) for name in _TOTALS if self.settings.get(name)), None)
+        return self._count(_TOTALS)
+
+    @property
+    def log_every(self) -> int:
+        """Optimizer steps from one line of metrics to the next."""
+        return self._count(_LOG_EVERY) or 1
 
     @property
     def is_done(self) -> bool:
@@ -60,7 +66,7 @@ class RunState:
     @property
     def is_quiet(self) -> bool:
         """Whether it is long since the run said something: it may have stopped."""
-        expected = self.seconds_per_step() * int(self.settings.get("log_every_steps") or 1)
+        expected = self.seconds_per_step() * self.log_every
         pauses = self.last("seconds/validation") or 0.0
         return not self.is_done and self.age_s is not None and self.age_s > max(_QUIET_S, 3 * expected + 2 * pauses)
 
@@ -82,7 +88,7 @@ class RunState:
         if self.total is None or not self.seconds_per_step():
             return None
         left = max(0, self.total - self.step)
-        every = next((int(self.settings[name]) for name in _EVERY if self.settings.get(name)), 0)
+        every = self._count(_VALIDATE_EVERY)
         pauses = math.ceil(left / every) * (self.last("seconds/validation") or 0.0) if every else 0.0
         return left * self.seconds_per_step() + pauses
 
@@ -97,6 +103,10 @@ class RunState:
         }
         other = self.seconds_per_step() - sum(parts.values())
         return parts | ({"other": other} if parts and other > 0 else {})
+
+    def _count(self, names: tuple[str, ...]) -> int | None:
+        """Returns the setting that the two trainings call by different names."""
+        return next((int(self.settings[name]) for name in names if self.settings.get(name)), None)
 
 
 def read_run(folder: Path) -> RunState:

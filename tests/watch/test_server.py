@@ -5,9 +5,11 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -24,25 +26,40 @@ def run_folder(trained_run, tmp_path):
     return tmp_path / "fox"
 
 
-@pytest.fixture
-def ask(run_folder):
-    """Asks a server of the run exactly what is typed, as a client that normalises nothing."""
-    with open_server(WatchConfig(run_folder, port=0)) as server:
+@contextmanager
+def serving(config):
+    """Serves in the background, at an address that it gives."""
+    with open_server(config) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
 
-        def ask(path, method="GET", **headers):
-            connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
-            connection.putrequest(method, path, skip_host="Host" in headers)
-            for name, value in headers.items():
-                connection.putheader(name, value)
-            connection.endheaders()
-            answer = connection.getresponse()
-            body = answer.read()
-            connection.close()
-            return answer.status, answer.headers, body
 
-        yield ask
-        server.shutdown()
+@pytest.fixture
+def place(run_folder):
+    """Host and port of a server of the run."""
+    with serving(WatchConfig(run_folder, port=0)) as server:
+        yield server.server_address[:2]
+
+
+@pytest.fixture
+def ask(place):
+    """Asks a server of the run exactly what is typed, as a client that normalises nothing."""
+
+    def ask(path, method="GET", **headers):
+        connection = http.client.HTTPConnection(*place, timeout=30)
+        connection.putrequest(method, path, skip_host="Host" in headers)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        return answer.status, answer.headers, body
+
+    return ask
 
 
 def files(page):
@@ -70,6 +87,20 @@ def test_a_player_may_ask_for_a_part_of_a_clip(ask, run_folder):
     assert ask(address, Range=f"bytes={len(whole)}-")[0] == 416
     status, headers, body = ask(address, "HEAD")
     assert (status, int(headers["Content-Length"]), body) == (200, len(whole), b"")
+
+
+def test_a_browser_that_hangs_up_leaves_no_word_in_the_terminal(ask, place, capsys):
+    clip = next(address for address in files(ask("/")[2]) if ask(address)[1]["Content-Type"] == "video/mp4")
+    for path in ("/", "/state", clip, "/nothing"):
+        browser = socket.create_connection(place)
+        browser.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 100)
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # at once, without a farewell
+        browser.close()
+    assert ask("/")[0] == 200  # and so the others were let in before
+    for thread in threading.enumerate():
+        if "process_request" in thread.name:
+            thread.join(30)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_comparison_in_the_folder_of_the_run_can_be_opened_from_the_page(run_folder, ask):

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -135,6 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "vflora", ""
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # a browser that has seen enough hangs up, wherever its answer has got to
+            super().handle()
+
     def do_GET(self) -> None:
         # A page from elsewhere must not read the run by giving this address a name of its own (DNS rebinding).
         name = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
@@ -205,11 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, file, first: int, count: int) -> None:
         file.seek(first)
         while count > 0 and (chunk := file.read(min(_CHUNK, count))):
-            try:
-                self.wfile.write(chunk)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True  # a player that has seen enough hangs up
-                return
+            self.wfile.write(chunk)
             count -= len(chunk)
 
     def _common(self, kind: str) -> None:

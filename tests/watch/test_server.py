@@ -62,6 +62,15 @@ def ask(place):
     return ask
 
 
+def _has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 def files(page):
     return re.findall(r'(?:src|href)="(/file/[0-9a-f]+)"', page.decode())
 
@@ -183,6 +192,18 @@ def test_a_port_that_is_taken_is_named_with_the_fix(run_folder):
             open_server(WatchConfig(run_folder, port=taken.getsockname()[1]))
     with pytest.raises(UserError, match="check --host"):
         open_server(WatchConfig(run_folder, port=0, host="192.0.2.1"))
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("::", "localhost")])
+def test_an_ipv6_address_can_be_served_at(run_folder, host, shown):
+    with serving(WatchConfig(run_folder, port=0, host=host)) as server:
+        port = server.server_address[1]
+        assert server.address == f"http://{shown}:{port}/"
+        connection = http.client.HTTPConnection("::1", port, timeout=30)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        connection.close()
 
 
 def test_a_folder_without_a_run_is_refused_by_the_command(tmp_path, capsys):

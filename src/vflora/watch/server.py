@@ -10,12 +10,13 @@ import hashlib
 import json
 import logging
 import re
+import socket
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -92,6 +93,8 @@ class WatchServer(ThreadingHTTPServer):
 
     def __init__(self, config: WatchConfig):
         """Listens at the address of `config`."""
+        is_ipv6 = isinstance(_numeric(config.host), IPv6Address)
+        self.address_family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
         super().__init__((config.host, config.port), _Handler)
         self._config = config
         self._files: dict[str, Path] = {}
@@ -100,8 +103,10 @@ class WatchServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """What to type into a browser."""
-        host, port = self.server_address[:2]
-        return f"http://{'localhost' if str(host) in ('0.0.0.0', '::') else host}:{port}/"
+        host, port = str(self.server_address[0]), self.server_address[1]
+        if host in ("0.0.0.0", "::"):
+            host = "localhost"
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     @property
     def is_private(self) -> bool:
@@ -223,9 +228,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
+    address = _numeric(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def _numeric(host: str) -> IPv4Address | IPv6Address | None:
+    """Returns the address that `host` spells; None for a name."""
     try:
-        return ip_address(host).is_loopback
+        return ip_address(host)
     except ValueError:
-        return False
+        return None

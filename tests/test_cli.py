@@ -133,7 +133,7 @@ def test_overview_lists_every_command(capsys):
 
 def test_a_disk_that_fills_up_is_told_in_one_line(train_flags, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").symlink_to("/dev/full")
+    (tmp_path / "run" / ".config.yaml.tmp").symlink_to("/dev/full")
     assert main(["train", *train_flags]) == 2
     error = capsys.readouterr().err
     assert "is full: make room and run the command again" in error

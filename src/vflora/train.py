@@ -14,6 +14,7 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
+from vflora.atomic import replace_file
 from vflora.checkpoint import CheckpointWriter, RunState, leave_later
 from vflora.config import require
 from vflora.determinism import deterministic
@@ -192,7 +193,7 @@ def _open_log(training: Training) -> RunLog | NoLog:
     for folder in leave_later(config.output_dir, training.start_step):
         logger.warning("the run goes back to step %d: what came after is now %s", training.start_step, folder)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / "config.yaml").write_text(settings.yaml())
+    replace_file(config.output_dir / "config.yaml", lambda path: path.write_text(settings.yaml()))
     return RunLog(config.output_dir, config.logger, start_step=training.start_step, config=settings.flat())
 
 

@@ -186,7 +186,8 @@ def _set_up(config: HeadConfig, accelerator: Accelerator) -> _Training:
         for folder in leave_later(config.output_dir, step):
             logger.warning("The run goes back to step %d: what came after is now %s.", step, folder)
         log = RunLog(config.output_dir, config.logger, start_step=step, config=flat_settings(config))
-        (config.output_dir / "config.yaml").write_text(yaml.safe_dump(flat_settings(config), sort_keys=False))
+        written = yaml.safe_dump(flat_settings(config), sort_keys=False)
+        replace_file(config.output_dir / "config.yaml", lambda path: path.write_text(written))
     learner = _learner(config, accelerator, backbone, round_trip, head)
     if resumed:
         learner.optimizer.load_state_dict(resumed.optimizer)

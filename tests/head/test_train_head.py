@@ -211,6 +211,15 @@ def test_a_finished_run_resumes_to_nothing(config):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+def test_who_reads_the_settings_while_a_run_is_resumed_reads_them_whole(config):
+    settings = run(replace(config, total_steps=2, val_every=0)) / "config.yaml"
+    whole = settings.read_text()
+    with settings.open() as old:
+        run(replace(config, total_steps=2, val_every=0, log_every=7, resume_from_checkpoint="latest"))
+        assert old.read() == whole
+    assert yaml.safe_load(settings.read_text())["log_every"] == 7
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(config):
     with pytest.raises(NonFiniteError, match="in step 2;"):
         run(replace(config, learning_rate=1e37, no_layernorm=True, val_every=0))

@@ -295,6 +295,17 @@ def test_a_run_that_goes_back_leaves_later_checkpoints_aside_and_keeps_its_own(t
     assert losses(tmp_path / "run")[2] == went[2]
 
 
+def test_who_reads_settings_or_curves_while_a_run_is_resumed_reads_them_whole(train_flags, tmp_path):
+    run(parse("train", [*train_flags, "--max_train_steps", "2"]))
+    settings, curves = ((tmp_path / "run" / name) for name in ("config.yaml", "metrics.jsonl"))
+    whole = settings.read_text(), curves.read_text()
+    with settings.open() as old_settings, curves.open() as old_curves:
+        run(parse("train", [*train_flags, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"]))
+        assert (old_settings.read(), old_curves.read()) == whole
+    assert yaml.safe_load(settings.read_text())["max_train_steps"] == 3
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("what", ["bank", "head", "model"])
 def test_resuming_with_other_prompts_head_or_weights_is_refused(train_flags, small_models, tmp_path, capsys, what):
     shutil.copytree(small_models, tmp_path / "models")

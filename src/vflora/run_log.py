@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from vflora.atomic import replace_file
 from vflora.errors import UserError
 
 
@@ -112,4 +113,5 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue  # a line cut short by a kill
-    path.write_text("".join(line + "\n" for line in kept))
+    text = "".join(line + "\n" for line in kept)
+    replace_file(path, lambda unfinished: unfinished.write_text(text))

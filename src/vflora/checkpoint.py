@@ -12,7 +12,6 @@ A checkpoint is written under another name, synced to disk, and renamed: it is t
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
@@ -189,22 +188,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
-
-
-def leave_later(output_dir: Path, step: int) -> list[Path]:
-    """Renames the checkpoints after `step`, which a run that goes back to it leaves behind.
-
-    Otherwise `latest` would mean them, and they would count among those to keep.
-
-    Returns:
-        Their new places.
-    """
-    left = []
-    for folder in list_checkpoints(output_dir):
-        if int(folder.name.rsplit("-", 1)[1]) > step:
-            names = (folder.with_name(f"left-{number}-{folder.name}") for number in itertools.count(1))
-            left.append(folder.rename(next(name for name in names if not name.exists())))
-    return left
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,10 @@ from vflora.checkpoint import list_checkpoints
 from vflora.config import require
 from vflora.errors import UserError
 from vflora.folder_lock import held
+
+logger = logging.getLogger(__name__)
+
+_OF_STEP = re.compile(r"(?:checkpoint|step)-(\d+)(?:\.json|\.png)?")
 
 
 @contextmanager
@@ -40,6 +47,27 @@ def reserved(output_dir: Path, resume_from_checkpoint: str | None) -> Iterator[N
                 "--output_dir."
             )
         yield
+
+
+def leave_later(output_dir: Path, step: int) -> None:
+    """Renames the checkpoints and validations after `step`, which a run that goes back to it leaves behind.
+
+    Otherwise `latest` would mean them, they would count among those to keep, and the newest clips would be theirs.
+    """
+    validations = [*output_dir.glob("previews/step-*"), *output_dir.glob("validation/step-*")]
+    later = [
+        path
+        for path in [*list_checkpoints(output_dir), *validations]
+        if (name := _OF_STEP.fullmatch(path.name)) and int(name.group(1)) > step
+    ]
+    for number in itertools.count(1):
+        places = [path.with_name(f"left-{number}-{path.name}") for path in later]
+        if not any(place.exists() for place in places):
+            break
+    for path, place in zip(later, places, strict=True):
+        path.rename(place)
+    if later:
+        logger.warning("the run goes back to step %d: what came after is now called left-%d-...", step, number)
 
 
 def finished(output_dir: Path, steps: int) -> Path:

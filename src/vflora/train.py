@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from vflora.atomic import replace_file
-from vflora.checkpoint import CheckpointWriter, RunState, leave_later
+from vflora.checkpoint import CheckpointWriter, RunState
 from vflora.config import require
 from vflora.determinism import deterministic
 from vflora.distributed.processes import joined
@@ -24,7 +24,7 @@ from vflora.models.lora import ADAPTER
 from vflora.models.lora_formats import from_transformer, write_lora
 from vflora.previews import contact_sheet, find_previews, step_folder
 from vflora.profiling import StepTracer
-from vflora.run_folder import reserved
+from vflora.run_folder import leave_later, reserved
 from vflora.run_header import run_header
 from vflora.run_log import NoLog, RunLog
 from vflora.settings import TrainSettings
@@ -190,8 +190,7 @@ def _open_log(training: Training) -> RunLog | NoLog:
     if not training.world.is_main:
         return NoLog()
     settings, config = training.settings, training.settings.run
-    for folder in leave_later(config.output_dir, training.start_step):
-        logger.warning("the run goes back to step %d: what came after is now %s", training.start_step, folder)
+    leave_later(config.output_dir, training.start_step)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     replace_file(config.output_dir / "config.yaml", lambda path: path.write_text(settings.yaml()))
     return RunLog(config.output_dir, config.logger, start_step=training.start_step, config=settings.flat())

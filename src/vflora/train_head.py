@@ -21,7 +21,6 @@ from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from vflora.atomic import replace_file
-from vflora.checkpoint import leave_later
 from vflora.data.augment import VaeRoundTrip
 from vflora.data.identities import HeadLoader, IdentityIndex
 from vflora.determinism import deterministic
@@ -38,7 +37,7 @@ from vflora.head.validation_set import validation_features
 from vflora.models.identity import FrozenBackbone
 from vflora.models.projection_head import HEAD_FILE, HeadSpec, ProjectionHead, new_head, save_head
 from vflora.random_streams import keyed_generator
-from vflora.run_folder import reserved
+from vflora.run_folder import leave_later, reserved
 from vflora.run_log import RunLog
 from vflora.settings import flat_settings
 from vflora.stopping import stop_requests
@@ -183,8 +182,7 @@ def _set_up(config: HeadConfig, accelerator: Accelerator) -> _Training:
     if accelerator.is_main_process:
         if config.val_every:
             features = validation_features(_validation_index(config), config, backbone, round_trip)
-        for folder in leave_later(config.output_dir, step):
-            logger.warning("The run goes back to step %d: what came after is now %s.", step, folder)
+        leave_later(config.output_dir, step)
         log = RunLog(config.output_dir, config.logger, start_step=step, config=flat_settings(config))
         written = yaml.safe_dump(flat_settings(config), sort_keys=False)
         replace_file(config.output_dir / "config.yaml", lambda path: path.write_text(written))

@@ -101,7 +101,7 @@ def _train(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> Path | None:
 
 
 def train_flags(lab: LabConfig, arm: Arm, folder: Path, seed: int) -> list[str]:
-    """Returns the flags of `vflora train`: the package's defaults but for size, length and learning rate."""
+    """Returns the flags of `vflora train`: the defaults but for size, length, batch, warm-up and learning rate."""
     world = str(lab.world_folder)
     flags = ["--config", str(lab.recipe)] if lab.recipe else []
     embedder = lab.embedder_folder(place_bound=arm.place_bound)

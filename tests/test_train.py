@@ -7,6 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from vflora.atomic import sha256
 from vflora.cli import main, parse
 from vflora.demo import world_folder
 from vflora.errors import UserError
@@ -92,6 +93,15 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(
     train_until_killed([*flags, "--output_dir", str(cut)])
     run(parse("train", [*flags, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"]))
     assert losses(cut) == losses(whole)
+
+
+def test_a_run_that_goes_on_with_another_pytorch_is_told(train_flags, caplog):
+    folder = run(parse("train", [*train_flags, "--max_train_steps", "1"]))
+    manifest, state = folder / "manifest.json", folder / "state.json"
+    state.write_text(state.read_text().replace(torch.__version__, "1.0.0"))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": sha256(state)}))
+    run(parse("train", [*train_flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest"]))
+    assert f"was written with PyTorch 1.0.0, and this is {torch.__version__}" in caplog.text
 
 
 @pytest.mark.gpu

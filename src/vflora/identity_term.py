@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
 
 from vflora.config import IdentityConfig
+from vflora.data.images import to_signed
 from vflora.distributed.strips import Strips
 from vflora.losses import frame_buckets, identity_loss
 from vflora.models.identity import IdentityEmbedder
@@ -100,7 +101,7 @@ class IdentityTerm:
     def embed_anchors(self, anchors: Tensor) -> Tensor:
         """Returns unit embeddings [B, D] of uint8 images [B, 3, H, W]."""
         device = next(self.vae.parameters()).device
-        return self.embedder.embed(anchors.to(device).float() / 127.5 - 1)
+        return self.embedder.embed(to_signed(anchors.to(device)))
 
     def _shrunk(self, latents: Tensor) -> Tensor:
         mode = self.config.id_decode_downsample_mode

@@ -97,7 +97,7 @@ def training_step(
             (scale * loss).backward()
         _require_finite(is_finite, error.item(), f"the distillation loss at sigma {point.sigma:.3f}")
         errors[point.sigma] = error.item()
-    return _report(inputs, [errors[point.sigma] for point in inputs.points], judged, clock)
+    return _report(inputs, [errors[point.sigma] for point in inputs.points], judged)
 
 
 def _velocity(student: Student, point: Point, conditions: Conditions) -> Tensor:
@@ -109,7 +109,7 @@ def _require_finite(is_finite: Callable[[float], bool], value: float, part: str)
         raise NonFiniteError(part)
 
 
-def _report(inputs: StepInputs, errors: list[float], judged: IdentityGradient | None, clock: StepClock) -> LossReport:
+def _report(inputs: StepInputs, errors: list[float], judged: IdentityGradient | None) -> LossReport:
     return LossReport(
         distill=sum(errors) / len(errors),
         identity=None if judged is None else judged.loss,
@@ -119,5 +119,4 @@ def _report(inputs: StepInputs, errors: list[float], judged: IdentityGradient | 
         distill_by_point=tuple(errors),
         cosines=None if judged is None else judged.cosines,
         frames=None if judged is None else judged.frames,
-        seconds=clock.seconds(),
     )

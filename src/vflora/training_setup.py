@@ -234,6 +234,13 @@ def _checkpoint(settings: TrainSettings, data_fingerprint: str, sources: dict[st
             "resume with that one, or start anew in another --output_dir."
         )
     require_same_sources(state.sources, sources, where=folder)
+    if state.torch_version != torch.__version__:
+        logger.warning(
+            "%s was written with PyTorch %s, and this is %s: the run goes on, but may round otherwise from here",
+            folder,
+            state.torch_version,
+            torch.__version__,
+        )
     samples = samples_per_step(settings, world)
     if state.samples_per_step not in (0, samples):
         raise UserError(

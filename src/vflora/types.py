@@ -215,7 +215,6 @@ class LossReport:
         distill_by_point: the error at each of them.
         cosines: cosine of every sampled frame to its anchor [B, K]; None without an identity term.
         frames: frame index of each sampled frame [B, K]; None without an identity term.
-        seconds: time of each part of the step.
     """
 
     distill: float
@@ -225,7 +224,6 @@ class LossReport:
     distill_by_point: tuple[float, ...]
     cosines: Tensor | None
     frames: Tensor | None
-    seconds: dict[str, float]
     distill_weight: float = 1.0
 
     @property

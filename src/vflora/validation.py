@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLHunyuanVideo15
 from torch import Tensor
 from tqdm import tqdm
 
+from vflora.data.images import to_signed
 from vflora.data.schema import DataSet
 from vflora.data.validation import ValidationLoader
 from vflora.distributed.launch import is_first
@@ -107,7 +108,7 @@ class Validator:
         with self._denoiser.teacher():
             teacher = self._rollout(noise, conditions, unconditional)
         videos = {"teacher": self._decode(teacher), "student": self._decode(student)}
-        reference = images[0].to(self._device).float() / 127.5 - 1
+        reference = to_signed(images[0].to(self._device))
         scores = {who: score_video(video, reference, self._embedder) for who, video in videos.items()}
         if preview_dir is not None:
             write_preview(preview_dir, file_name(key), images[0], **videos)

@@ -78,6 +78,25 @@ def publish(unfinished: Path, target: Path) -> None:
     _sync(target.parent)
 
 
+def require_writable(folder: Path, flag: str) -> Path:
+    """Refuses a folder that cannot be made or written to.
+
+    Returns:
+        The folder, or the nearest one above it that is there.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is a file and no folder: choose another {flag}.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{nearest} cannot be written to: choose another {flag}.")
+    return nearest
+
+
 def require_space(folder: Path, wanted_bytes: int, advice: str) -> None:
     """Refuses to start writing what does not fit.
 

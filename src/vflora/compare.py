@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vflora.adapters import AdapterInfo, read_adapter
+from vflora.atomic import require_writable
 from vflora.compare_config import CompareConfig, command_of
 from vflora.config import require
 from vflora.data.images import to_signed, to_tensor
@@ -27,7 +28,6 @@ from vflora.models.lora_formats import thumbnail_uri, write_lora
 from vflora.models.projection_head import find_head
 from vflora.report import Clip, Comparison, Row, best_frame, write_card, write_page
 from vflora.report.records import BASE
-from vflora.run_folder import require_writable
 from vflora.run_header import base_model_name, hub_name
 from vflora.samples import Sample, find_samples, readable
 from vflora.sampling import Pipeline, default_guidance, default_steps, fit_image, generate_video

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from vflora.atomic import require_writable
 from vflora.errors import UserError
 from vflora.models.lora_formats import (
     LoraFormat,
@@ -16,7 +17,6 @@ from vflora.models.lora_formats import (
     read_reference_dcp,
     write_lora,
 )
-from vflora.run_folder import require_writable
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from importlib import resources
 from pathlib import Path
 
 from vflora import compare, export, train
+from vflora.atomic import require_writable
 from vflora.cli import parse
 from vflora.errors import UserError
-from vflora.run_folder import finished, require_writable
+from vflora.run_folder import finished
 from vflora.world.grader import load_grader
 from vflora.world.head_training import fit_head, pack_stills
 from vflora.world.stills import write_still_folder

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from vflora.atomic import require_writable
 from vflora.clips import Clips, as_sampled
 from vflora.data.pipeline import Place, TrainLoader
 from vflora.data.schema import DataSet
@@ -23,7 +24,6 @@ from vflora.errors import UserError
 from vflora.models.conditions import ConditionEncoder
 from vflora.models.loading import ENCODERS, require_pipeline
 from vflora.prompts import prompt_maker
-from vflora.run_folder import require_writable
 from vflora.settings import EncodeSettings, TrainSettings
 from vflora.stopping import stop_requests
 from vflora.teacher_source import PromptMaker, asked_by, drawn_prompts, drawn_together

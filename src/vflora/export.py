@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from vflora.adapters import find_adapter, read_adapter
+from vflora.atomic import require_writable
 from vflora.checkpoint import verify_checkpoint
 from vflora.config import TORCH_DTYPES, Precision, require
 from vflora.distributed.launch import is_first
@@ -21,7 +22,6 @@ from vflora.errors import UserError
 from vflora.inference import open_image
 from vflora.models.lora_formats import LoraFormat, LoraModule, LoraWeights, build_header, write_lora
 from vflora.previews import Preview, find_previews, student_frame
-from vflora.run_folder import require_writable
 
 log = logging.getLogger(__name__)
 

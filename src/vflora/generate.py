@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vflora import acceleration
 from vflora.adapters import AdapterInfo, add_adapters, find_adapter
-from vflora.atomic import require_space
+from vflora.atomic import require_space, require_writable
 from vflora.config import require
 from vflora.devices import torch_device
 from vflora.distributed.launch import process_count
@@ -17,7 +17,6 @@ from vflora.distributed.processes import World, joined
 from vflora.file_names import first_free
 from vflora.generate_config import GenerateConfig, default_output
 from vflora.inference import load_for_sampling, open_image, write_settings
-from vflora.run_folder import require_writable
 from vflora.sampling import Pipeline, default_guidance, default_steps, generate_video
 from vflora.shared_sampling import quicken, require_shareable, share, video_tokens, work_for_the_first
 from vflora.video_io import write_mp4

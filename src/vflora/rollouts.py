@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vflora.atomic import require_space, write_or_refuse
+from vflora.atomic import require_space, require_writable, write_or_refuse
 from vflora.clips import as_sampled, noise_levels
 from vflora.config import TORCH_DTYPES, require
 from vflora.data.schema import DataSet
@@ -23,7 +23,6 @@ from vflora.distributed.launch import process_count, process_number
 from vflora.distributed.processes import claim_device
 from vflora.errors import UserError
 from vflora.folder_lock import held
-from vflora.run_folder import require_writable
 from vflora.settings import RolloutsSettings, TrainSettings
 from vflora.stopping import stop_requests
 from vflora.trajectories.folder import Manifest, begin, read_manifest, shard_folder

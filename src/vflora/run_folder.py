@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vflora.atomic import require_writable
 from vflora.checkpoint import list_checkpoints
-from vflora.config import require
 from vflora.errors import UserError
 from vflora.folder_lock import held
 
@@ -86,20 +85,3 @@ def finished(output_dir: Path, steps: int) -> Path:
     if not there or there[-1].name != f"checkpoint-{steps}":
         raise KeyboardInterrupt
     return there[-1]
-
-
-def require_writable(folder: Path, flag: str) -> Path:
-    """Refuses a folder that cannot be made or written to.
-
-    Returns:
-        The folder, or the nearest one above it that is there.
-
-    Raises:
-        UserError: naming what is in the way.
-    """
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    require(nearest.is_dir(), f"{nearest} is a file and no folder: choose another {flag}.")
-    require(os.access(nearest, os.W_OK | os.X_OK), f"{nearest} cannot be written to: choose another {flag}.")
-    return nearest

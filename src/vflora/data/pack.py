@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 
 from tqdm import tqdm
 
+from vflora.atomic import require_writable
 from vflora.data.decoding import FaultCounter
 from vflora.data.images import MAX_MEGAPIXELS, BadImageError, decode, fit, upright_size
 from vflora.data.pack_summary import PackSummary
@@ -26,7 +27,6 @@ from vflora.data.sizes import BUCKETS, bucket_size, parse_size
 from vflora.data.sources import Source, read_sources
 from vflora.data.writing import encode, write_manifest, write_shards
 from vflora.errors import UserError
-from vflora.run_folder import require_writable
 
 _SLUG_LENGTH = 40
 

@@ -233,10 +233,9 @@ def read_state(folder: Path) -> RunState:
     Raises:
         UserError: if it is none of `vflora train`.
     """
-    state = json.loads((folder / "state.json").read_text())
     if not (folder / "dcp").is_dir():
         raise UserError(f"{folder} is no checkpoint of `vflora train`, but of a head: go on with `vflora train-head`.")
-    return RunState(**state)
+    return RunState(**json.loads((folder / "state.json").read_text()))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

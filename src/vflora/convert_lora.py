@@ -13,6 +13,7 @@ from vflora.models.lora_formats import (
     LoraModule,
     LoraWeights,
     is_dcp,
+    lora_file,
     read_lora,
     read_reference_dcp,
     write_lora,
@@ -48,8 +49,7 @@ def run(config: ConvertLoraConfig) -> Path:
     """
     if config.input_path.resolve() == config.output_path.resolve():
         raise UserError(f"{config.output_path} is the input itself: give another output.")
-    to_file = config.output_path.suffix == ".safetensors"
-    require_writable(config.output_path.parent if to_file else config.output_path, "--output_path")
+    require_writable(lora_file(config.output_path).parent, "--output_path")
     weights = _read(config)
     file = write_lora(weights, config.output_path, config.format)
     log.info("wrote %s for %s: %d layers, rank %d", file, config.format, len(weights), weights.rank)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 PICTURES_TO_TRAIN = 4
 """Pictures of a character that a batch of the head takes, as it is set (--pk_instances)."""
 PICTURES_TO_VALIDATE = 2
+"""Pictures of a character that its judging needs: a pair."""
 
 
 def missing_for_the_head(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

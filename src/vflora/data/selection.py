@@ -9,10 +9,11 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from vflora.data.head_needs import PICTURES_TO_TRAIN, PICTURES_TO_VALIDATE
 from vflora.data.sampling import keyed_random
 
-_ROOM_FOR_A_PAIR = 6
-"""Pictures of a character from which on two may validate: training the head takes four of each, as it is set."""
+_ROOM_FOR_A_PAIR = PICTURES_TO_TRAIN + PICTURES_TO_VALIDATE
+"""Pictures of a character from which on two may validate."""
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -86,12 +87,14 @@ def _in_pairs(counts: Mapping[str, int], roomy: Sequence[str]) -> Mapping[str, i
         counts: how many pictures of each character validate.
         roomy: characters that can give two, the first ones first.
     """
-    single = [name for name in sorted(counts) if counts[name] == 1]
     there = sum(count > 1 for count in counts.values())
+    if there > 1:
+        return counts
+    single = [name for name in sorted(counts) if counts[name] == 1]
     takers = [name for name in roomy if counts[name] == 1][: len(single) // 2]
     if there + len(takers) < 2:
         takers = sorted((name for name in roomy if counts[name] < 2), key=lambda name: -counts[name])[: 2 - there]
-    if there > 1 or there + len(takers) < 2:
+    if there + len(takers) < 2:
         return counts
     givers = [name for name in single if name not in takers][: len(takers)]
     return {**counts, **dict.fromkeys(givers, 0), **dict.fromkeys(takers, 2)}

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from vflora.data.augment import VaeRoundTrip, augment, for_validation
 from vflora.data.decoding import FaultCounter, Faults, decode_sample
+from vflora.data.head_needs import PICTURES_TO_VALIDATE
 from vflora.data.identities import IdentityIndex
 from vflora.data.images import to_tensor
 from vflora.data.sampling import keyed_random
@@ -32,7 +33,7 @@ def choose_samples(index: IdentityIndex, config: HeadConfig) -> list[Sample]:
     Raises:
         UserError: if there are no two identities with two pictures.
     """
-    pools = index.with_at_least(2)
+    pools = index.with_at_least(PICTURES_TO_VALIDATE)
     if len(pools) < 2:
         raise UserError(
             f"The validation split has {len(pools)} identities with two or more pictures and needs two: "

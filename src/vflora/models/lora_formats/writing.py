@@ -55,9 +55,7 @@ def write_lora(
     Raises:
         UserError: if the format is unknown, a module has no name in it, or the disk does not take the file.
     """
-    file = Path(path)
-    if file.suffix != ".safetensors":
-        file = file / "pytorch_lora_weights.safetensors"
+    file = lora_file(path)
     tensors, config = to_state_dict(weights, format)
     header = {**weights.metadata, **(metadata or {}), **file_header(weights, tensors, format), "format": "pt"}
     if config is not None:
@@ -72,6 +70,11 @@ def write_lora(
     unfinished.chmod(0o644)  # safetensors writes for its owner alone; this file is made to be shared
     os.replace(unfinished, file)
     return file
+
+
+def lora_file(path: str | Path) -> Path:
+    """Returns the file that `write_lora` writes: `path`, or where that is a folder one of diffusers' name in it."""
+    return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "pytorch_lora_weights.safetensors"
 
 
 def to_state_dict(weights: LoraWeights, format: LoraFormat) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
